@@ -1,0 +1,445 @@
+"""What the benchmarks share: arguments, rows, image paths, asking a model, writing results."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+from PIL import Image
+
+import vlmpeft
+from vlmpeft.errors import ConfigError, DataError, EvalError, NumericError, VlmpeftError, run_command
+from vlmpeft.eval import pope, runner
+from vlmpeft.eval.paths import resolve_images
+from vlmpeft.eval.rows import read_rows, write_json, write_rows
+
+DEFAULTS = {"suffix": "\nBriefly.", "batch_size": 16, "blank": False}
+
+
+@dataclass(frozen=True)
+class Request:
+    images: tuple[Any, ...]
+    prompt: str
+
+
+@dataclass(frozen=True)
+class Answer:
+    text: str
+    margin: float | None = None
+
+
+class FakeBundle:
+    """Says what it is told, in batches, and remembers how it was asked."""
+
+    def __init__(self, texts: Sequence[str], margin: float = 0.5) -> None:
+        self.texts, self.margin = texts, margin
+        self.requests: list[Request] = []
+        self.batches: list[int] = []
+        self.asked: dict[str, Any] = {}
+
+    def answer(
+        self,
+        requests: Sequence[Request],
+        *,
+        max_new_tokens: int = 16,
+        batch_size: int = 16,
+        contrast: tuple[str, str] | None = None,
+        on_batch: Callable[[Any], None] | None = None,
+    ) -> list[Answer]:
+        self.requests = list(requests)
+        self.asked = {"max_new_tokens": max_new_tokens, "contrast": contrast}
+        answers = [Answer(text, self.margin if contrast else None) for text in self.texts[: len(requests)]]
+        order = list(enumerate(answers))[::-1]  # the last question first: an index belongs to a question, not a place
+        for start in range(0, len(order), batch_size):
+            batch = order[start : start + batch_size]
+            self.batches.append(len(batch))
+            if on_batch is not None:
+                on_batch(batch)
+        return answers
+
+    def blank_image(self, image: Any) -> Image.Image:
+        with Image.open(image) as opened:
+            return Image.new("RGB", opened.size, (122, 116, 104))
+
+
+@pytest.fixture(autouse=True)
+def _request_without_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    decode = ModuleType("vlmpeft.decode")
+    decode.Request, decode.Answer = Request, Answer  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "vlmpeft.decode", decode)
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    folder = tmp_path / "images"
+    (folder / "sub").mkdir(parents=True)
+    for name, size in {"a.png": (4, 3), "b.png": (4, 3), "sub/c.png": (2, 5)}.items():
+        Image.new("RGB", size, "red").save(folder / name)
+    return folder
+
+
+QUESTIONS = [
+    {"question_id": 5, "image": "a.png", "text": "Is there a cat?", "label": "yes"},
+    {"question_id": 6, "image": "b.png", "text": "Is there a dog?", "label": "no"},
+    {"question_id": 7, "image": "sub/c.png", "text": "Is there a cow?", "label": "no"},
+    {"question_id": 8, "image": "a.png", "text": "Is there a hat?", "label": "yes"},
+]
+TEXTS = [" Yes\n", "No", "Yes, a cow.", "no"]
+
+
+def parsed(*argv: str) -> dict[str, Any]:
+    return runner.parse_arguments(argv, DEFAULTS, ("model", "out"), "What it does.")
+
+
+def test_arguments_take_the_type_of_their_default() -> None:
+    values = parsed("model=m=1", "out=o", "batch_size=4", "blank=true", r"suffix=\nWhy?")
+    assert values == {"model": "m=1", "out": "o", "batch_size": 4, "blank": True, "suffix": "\nWhy?"}
+    assert parsed("out=o", r"model=C:\new") == {**DEFAULTS, "model": r"C:\new", "out": "o"}  # a path is left alone
+    assert parsed("out=o", "model=m", "suffix=")["suffix"] == ""
+
+
+@pytest.mark.parametrize(
+    ("argument", "code", "says"),
+    [
+        ("batchsize=4", "C101", "no key 'batchsize'; did you mean 'batch_size'?"),
+        ("batch_size=0", "C102", "expected an integer from 1"),
+        ("batch_size=-1", "C102", "expected an integer from 1"),
+        ("batch_size=1.5", "C102", "expected an integer from 1"),
+        ("batch_size=\u0663", "C102", "expected an integer from 1"),
+        ("batch_size=" + "9" * 5000, "C102", "expected an integer from 1"),
+        ("blank=maybe", "C102", "expected true or false"),
+        ("blank", "C102", "expected key=value, got 'blank'"),
+        ("--blank=true", "C102", "expected key=value, got '--blank=true'"),
+        ("out=p", "C102", "out is given twice"),
+    ],
+)
+def test_wrong_argument_is_refused_with_the_remedy(argument: str, code: str, says: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parsed("model=m", "out=o", argument)
+    assert caught.value.code == code
+    assert says in caught.value.line()
+
+
+@pytest.mark.parametrize("argv", [(), ("out=o",), ("model=", "out=o")])
+def test_missing_argument_is_named(argv: tuple[str, ...]) -> None:
+    with pytest.raises(ConfigError, match="model is not given"):
+        parsed(*argv)
+
+
+def test_help_prints_the_keys_with_their_defaults_and_exits_with_0(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        parsed("nonsense", "--help")
+    assert caught.value.code == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("What it does.\n")
+    for line in ("  model=...  required", r"  suffix=\nBriefly.", "  batch_size=16", "  blank=false"):
+        assert line in printed.splitlines()
+
+
+def test_rows_are_read_with_bom_crlf_blank_lines_and_line_separators_in_text(tmp_path: Path) -> None:
+    path = tmp_path / "q.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf" + '{"text": "a\u2028b"}\r\n\r\n{"text": "\u00e9"}'.encode())
+    assert read_rows(path) == [{"text": "a\u2028b"}, {"text": "\u00e9"}]
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        (b'{"text": ', "Expecting value at column 9"),
+        (b"not json", "Expecting value at column 1"),
+        (b"[1]", "expected an object, got list"),
+        (b"null", "expected an object, got NoneType"),
+        (b'{"txt": "a", "question_id": 1}', "no key 'text'; did you mean 'txt'?"),
+        (b'{"text": "a"}', "no key 'question_id'"),
+        (b'{"text": 3, "question_id": 1}', "'text' must be text, got 3"),
+        (b'{"text": null, "question_id": 1}', "'text' must be text, got None"),
+        (b'{"text": "a", "question_id": 1.5}', "'question_id' must be text or an integer, got 1.5"),
+        (b'{"text": "a", "question_id": true}', "'question_id' must be text or an integer, got True"),
+        (b'{"text": "\xff", "question_id": 1}', "can't decode byte 0xff"),
+        (b'{"text": "a", "question_id": ' + b"9" * 5000 + b"}", "Exceeds the limit"),
+        (b"[" * 100_000, "recursion"),
+    ],
+)
+def test_bad_row_is_refused_with_file_and_line(line: bytes, says: str, tmp_path: Path) -> None:
+    path = tmp_path / "q.jsonl"
+    path.write_bytes(b'{"text": "a", "question_id": 1}\n\n' + line + b"\n")
+    with pytest.raises(EvalError) as caught:
+        read_rows(path, ("question_id", "text"))
+    assert caught.value.code == "V602"
+    assert "q.jsonl line 3: " in caught.value.line()
+    assert says in caught.value.line()
+
+
+def test_file_without_rows_and_missing_file_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "empty.jsonl").write_text("\n\n")
+    with pytest.raises(EvalError, match=r"V602.*has no rows"):
+        read_rows(tmp_path / "empty.jsonl")
+    for path in (tmp_path / "absent.jsonl", tmp_path):
+        with pytest.raises(ConfigError, match="no file"):
+            read_rows(path)
+
+
+def test_images_are_resolved_inside_the_folder(images: Path) -> None:
+    root = images.resolve()
+    assert resolve_images(QUESTIONS, images) == [root / n for n in ("a.png", "b.png", "sub/c.png", "a.png")]
+    assert resolve_images([{"image": "sub/../a.png"}], images) == [root / "a.png"]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "../secret.png",
+        "sub/../../secret.png",
+        "../images_of_others/x.png",
+        "..",
+        "..\\secret.png",
+        "sub\\..\\..\\secret.png",
+        "/etc/passwd",
+        "//host/share/x.png",
+        "\\\\host\\share\\x.png",
+        "C:\\x.png",
+        "C:/x.png",
+        "file:///etc/passwd",
+        "file:/etc/passwd",
+        "http://169.254.169.254/x.png",
+        "https://example.com/x.png",
+        "link.png",
+        "linked/secret.png",
+    ],
+)
+def test_name_that_leads_outside_is_refused_and_nothing_is_opened(
+    name: str, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "secret.png").write_bytes(b"x")
+    (images / "link.png").symlink_to(tmp_path / "secret.png")
+    (images / "linked").symlink_to(tmp_path)
+    monkeypatch.setattr("builtins.open", lambda *_: pytest.fail("opened"))
+    monkeypatch.setattr(os, "open", lambda *_: pytest.fail("opened"))
+    with pytest.raises(DataError) as caught:
+        resolve_images([{"image": "a.png"}, {"image": name}], images)
+    assert caught.value.code == "D120"
+
+
+def test_absolute_name_is_refused_even_inside_the_folder(images: Path) -> None:
+    with pytest.raises(DataError, match="D120"):
+        resolve_images([{"image": str(images.resolve() / "a.png")}], images)
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("A.PNG", "did you mean 'a.png'?"),
+        ("sub/cc.png", "did you mean 'c.png'?"),
+        ("val/b.png", "did you mean 'b.png'?"),
+        ("zzzzzz", "(3 files there)"),
+        ("sub", "no image 'sub'"),
+        ("", "no image ''"),
+        ("x" * 5000, "no image"),
+        ("a\0.png", "did you mean 'a.png'?"),
+        ("\ud800.png", "no image"),
+        ("../secret\0.png", "(3 files there)"),
+        ("\ud800/a.png", "no image"),
+        (".", "(3 files there)"),
+    ],
+)
+def test_missing_image_is_named_with_the_nearest_file_of_the_folder(name: str, says: str, images: Path) -> None:
+    (images.parent / "secret.png").write_bytes(b"x")
+    with pytest.raises(DataError) as caught:
+        resolve_images([{"image": name}], images)
+    assert caught.value.code == "D103"
+    assert says in caught.value.line()
+
+
+def test_number_of_missing_images_is_told(images: Path) -> None:
+    with pytest.raises(DataError, match=r"\(2 images are missing\)"):
+        resolve_images([{"image": "x"}, {"image": "y"}, {"image": "x"}, {"image": "a.png"}], images)
+
+
+def test_images_folder_and_image_names_of_a_wrong_kind_are_refused(images: Path) -> None:
+    with pytest.raises(ConfigError, match="no such folder"):
+        resolve_images(QUESTIONS, images / "a.png")
+    for row in ({"image": None, "question_id": 3}, {"question_id": 3}):
+        with pytest.raises(EvalError, match="question 3: `image` must be text"):
+            resolve_images([row], images)
+
+
+def test_every_question_is_asked_about_its_image_with_the_suffix(images: Path) -> None:
+    bundle = FakeBundle(TEXTS)
+    answers = runner.ask(
+        bundle,
+        QUESTIONS,
+        images,
+        suffix=" Why?",
+        batch_size=3,
+        max_new_tokens=9,
+        contrast=("Yes", "No"),
+        progress=False,
+    )
+    paths = resolve_images(QUESTIONS, images)
+    assert [r.images for r in bundle.requests] == [(path,) for path in paths]
+    assert [r.prompt for r in bundle.requests] == [f"{q['text']} Why?" for q in QUESTIONS]
+    assert bundle.asked == {"max_new_tokens": 9, "contrast": ("Yes", "No")}
+    assert bundle.batches == [3, 1]
+    assert answers[0] == {
+        **{"question_id": 5, "image": "a.png", "prompt": "Is there a cat? Why?"},
+        **{"text": "Yes", "margin": 0.5},
+    }
+    assert [a["text"] for a in answers] == ["Yes", "No", "Yes, a cow.", "no"]
+
+
+def test_suffix_already_in_the_question_is_not_repeated(images: Path) -> None:
+    bundle = FakeBundle(TEXTS)
+    runner.ask(bundle, [{**QUESTIONS[0], "text": "Cat? Why?"}], images, suffix=" Why?", progress=False)
+    assert bundle.requests[0].prompt == "Cat? Why?"
+
+
+def test_setting_is_carried_into_the_answers(images: Path) -> None:
+    answers = runner.ask(FakeBundle(TEXTS), [{**QUESTIONS[0], "setting": "s"}], images, suffix="", progress=False)
+    assert answers[0]["setting"] == "s"
+
+
+def test_blank_pictures_have_the_size_of_their_image_and_are_shared_by_size(images: Path) -> None:
+    bundle = FakeBundle(TEXTS)
+    runner.ask(bundle, QUESTIONS, images, suffix="", blank=True, progress=False)
+    pictures = [r.images[0] for r in bundle.requests]
+    assert [p.size for p in pictures] == [(4, 3), (4, 3), (2, 5), (4, 3)]
+    assert {p.getpixel((0, 0)) for p in pictures} == {(122, 116, 104)}
+    assert len({id(p) for p in pictures}) == 2
+
+
+def test_progress_shows_the_running_accuracy(images: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def evaluate(progress: bool) -> str:
+        pope.evaluate(FakeBundle(TEXTS), QUESTIONS, images, batch_size=3, progress=progress)
+        return capsys.readouterr().err
+
+    assert "4/4" in (shown := evaluate(progress=True))
+    assert "accuracy 0.500" in shown
+    assert evaluate(progress=False) == ""
+
+
+@pytest.mark.parametrize("margin", [float("nan"), float("inf")])
+def test_margin_that_is_not_finite_is_an_error(margin: float, images: Path) -> None:
+    with pytest.raises(NumericError, match="N301"):
+        pope.evaluate(FakeBundle(TEXTS, margin), QUESTIONS, images, progress=False)
+
+
+def test_pope_in_process_returns_answers_and_the_metrics_of_scoring_them(images: Path) -> None:
+    answers, metrics = pope.evaluate(FakeBundle(TEXTS), QUESTIONS, images, progress=False)
+    assert [a["parsed"] for a in answers] == ["yes", "no", "yes", "no"]
+    assert set(answers[0]) == {"question_id", "image", "prompt", "text", "parsed", "label", "margin"}
+    assert (metrics["accuracy"], metrics["auc"], metrics["n"]) == (0.5, 0.5, 4)
+    assert pope.score(QUESTIONS, answers[::-1]) == metrics
+
+
+def test_written_rows_are_whole_readable_and_leave_no_temporary_file(tmp_path: Path) -> None:
+    rows = [{"text": "\u00e9\u2028\U0001f600"}, {"text": "\ud800"}]
+    write_rows(tmp_path / "a.jsonl", rows)
+    write_json(tmp_path / "m.json", {"accuracy": 0.5, "n": 2})
+    assert read_rows(tmp_path / "a.jsonl") == rows
+    assert "\u00e9" in (tmp_path / "a.jsonl").read_text(encoding="utf-8")
+    assert list(json.loads((tmp_path / "m.json").read_text())) == ["accuracy", "n"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.jsonl", "m.json"]
+
+
+def test_failed_write_keeps_the_older_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "m.json"
+    write_json(path, {"n": 1})
+
+    def refuse(*_: object) -> None:
+        raise PermissionError(13, "no")
+
+    monkeypatch.setattr(os, "replace", refuse)
+    with pytest.raises((OSError, VlmpeftError)):
+        write_json(path, {"n": 2})
+    assert json.loads(path.read_text()) == {"n": 1}
+    assert [p.name for p in tmp_path.iterdir()] == ["m.json"]
+
+
+def run_pope(tmp_path: Path, images: Path, monkeypatch: pytest.MonkeyPatch, *more: str) -> tuple[int, list[object]]:
+    loaded: list[object] = []
+
+    def load(directory: str, device: str) -> FakeBundle:
+        loaded.append((directory, device))
+        return FakeBundle(TEXTS * 2)
+
+    monkeypatch.setattr(vlmpeft, "load", load, raising=False)
+    arguments = ["model=M", f"images={images}", f"out={tmp_path / 'deep' / 'out'}", *more]
+    return run_command(pope.main, arguments), loaded
+
+
+def test_pope_command_writes_answers_and_metrics_and_prints_a_table(
+    tmp_path: Path, images: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    questions = tmp_path / "q.jsonl"
+    write_rows(questions, QUESTIONS)
+    assert run_pope(tmp_path, images, monkeypatch, f"questions={questions}", "blank=true") == (0, [("M", "auto")])
+    out = tmp_path / "deep" / "out"
+    answers = read_rows(out / "answers.jsonl")
+    assert [a["question_id"] for a in answers] == [5, 6, 7, 8]
+    assert answers[2]["prompt"] == "Is there a cow?" + pope.SUFFIX
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert metrics.items() >= {"model": "M", "parser": "official", "suffix": pope.SUFFIX, "blank": True, "n": 4}.items()
+    assert metrics.items() >= pope.score(QUESTIONS, answers).items()
+    table = capsys.readouterr().out.splitlines()
+    assert table[0].split() == ["setting", *pope.COLUMNS]
+    assert table[1].split()[:3] == ["all", "4", "0.5000"]
+
+
+def test_pope_command_keeps_settings_apart_and_its_answers_score_the_same(
+    tmp_path: Path, images: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = f"{tmp_path / 'random.json'},{tmp_path / 'popular.json'}"
+    for file in files.split(","):
+        write_rows(Path(file), QUESTIONS)
+    assert run_pope(tmp_path, images, monkeypatch, f"questions={files}")[0] == 0
+    assert "mean accuracy 0.5000, mean F1 0.5000" in capsys.readouterr().out
+    out = tmp_path / "deep" / "out"
+    written = json.loads((out / "metrics.json").read_text())
+    assert list(written["settings"]) == ["random", "popular"]
+    assert [a["setting"] for a in read_rows(out / "answers.jsonl")] == ["random"] * 4 + ["popular"] * 4
+    assert run_command(pope.main, [f"questions={files}", f"answers={out / 'answers.jsonl'}"]) == 0
+    scored = json.loads(capsys.readouterr().out)
+    assert written.items() >= scored.items()
+
+
+@pytest.mark.parametrize(
+    ("row", "more", "status"),
+    [
+        ({**QUESTIONS[0], "image": "absent.png"}, (), 3),
+        ({**QUESTIONS[0], "image": "../q.jsonl"}, (), 3),
+        ({**QUESTIONS[0], "label": "perhaps"}, (), 8),
+        ({"question_id": 1}, (), 8),
+        (QUESTIONS[0], ("batch_size=none",), 2),
+        (QUESTIONS[0], ("colour=red",), 2),
+    ],
+)
+def test_faults_are_found_before_the_model_is_loaded(
+    row: dict[str, Any],
+    more: tuple[str, ...],
+    status: int,
+    tmp_path: Path,
+    images: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    questions = tmp_path / "q.jsonl"
+    write_rows(questions, [row])
+    assert run_pope(tmp_path, images, monkeypatch, f"questions={questions}", *more) == (status, [])
+
+
+def test_output_folder_under_a_file_is_refused_before_the_model_is_loaded(
+    tmp_path: Path, images: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_rows(tmp_path / "q.jsonl", QUESTIONS)
+    (tmp_path / "deep").write_text("a file")
+    assert run_pope(tmp_path, images, monkeypatch, f"questions={tmp_path / 'q.jsonl'}") == (2, [])
+
+
+def test_table_aligns_its_columns() -> None:
+    assert runner.table([["name", "n"], ["a", "100"]]) == "name    n\na     100"

@@ -1,0 +1,43 @@
+"""Parameter-efficient fine-tuning of LLaVA-style vision-language models.
+
+Public names load on first use, so `import vlmpeft` and the scorers need no torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vlmpeft.build import Bundle, build
+    from vlmpeft.checkpoint import load
+    from vlmpeft.config import load_recipe
+    from vlmpeft.parts import Parts, parts_of
+    from vlmpeft.recipe import Recipe
+    from vlmpeft.tune import Tuned, tune
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "Bundle": "build",
+    "Parts": "parts",
+    "Recipe": "recipe",
+    "Tuned": "tune",
+    "build": "build",
+    "load": "checkpoint",
+    "load_recipe": "config",
+    "parts_of": "parts",
+    "tune": "tune",
+}
+__all__ = ["Bundle", "Parts", "Recipe", "Tuned", "build", "load", "load_recipe", "parts_of", "tune"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name's module when the name is first asked for (PEP 562)."""
+    if name in _HOME:
+        value = getattr(importlib.import_module(f"vlmpeft.{_HOME[name]}"), name)
+        globals()[name] = value  # the submodules `build` and `tune` would otherwise hide their functions
+        return value
+    if name in ("tuners", "projectors", "steering", "eval"):
+        return importlib.import_module(f"vlmpeft.{name}")
+    raise AttributeError(f"module 'vlmpeft' has no attribute '{name}'")

@@ -1,0 +1,37 @@
+"""`vlmpeft <command> key=value ...`: the same as `python -m vlmpeft.<command>`."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+from vlmpeft.errors import ConfigError, nearest, run_command
+
+COMMANDS = {
+    "train": "train one stage or all stages of a recipe",
+    "generate": "answer a question about an image",
+    "scenes": "draw the quickstart's data set",
+    "eval.pope": "yes/no questions by POPE's official rules",
+    "eval.short": "short answers by exact match, per question type",
+}
+
+
+def _command(argv: Sequence[str]) -> int | None:
+    if not argv or argv[0] in ("--help", "-h", "help"):
+        print("usage: vlmpeft <command> key=value ...   (vlmpeft <command> --help lists the keys)\n")
+        print("\n".join(f"  {name:<12}{does}" for name, does in COMMANDS.items()))
+        return 0
+    name = argv[0]
+    if name not in COMMANDS:
+        raise ConfigError("C100", f"no command '{name}'{nearest(name, COMMANDS)}")
+    return importlib.import_module(f"vlmpeft.{name}").main(argv[1:])
+
+
+def main() -> int:
+    """Entry point of the `vlmpeft` script."""
+    return run_command(_command)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

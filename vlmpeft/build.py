@@ -1,0 +1,170 @@
+"""Recipe -> Bundle: load the frozen parts, assemble them, tune them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from PIL import Image
+from torch import nn
+
+from vlmpeft.decode import Answer, OnBatch, Request, answer
+from vlmpeft.errors import EnvironmentFault
+from vlmpeft.images import ImageTransform, open_image
+from vlmpeft.language import empty_language, fingerprint, load_language
+from vlmpeft.parts import Parts
+from vlmpeft.projectors import PROJECTORS
+from vlmpeft.recipe import Recipe, Stage
+from vlmpeft.template import TurnEncoder
+from vlmpeft.tune import Tuned
+from vlmpeft.vision import Encoder, load_vision
+from vlmpeft.vlm import VLM
+
+
+@dataclass
+class Bundle:
+    """A model with all that is needed to train and to ask it.
+
+    Args:
+        fingerprints: of the frozen base parts as they were loaded ("vision", "language").
+        stage: the stage whose template and system prompt apply.
+    """
+
+    model: VLM
+    tokenizer: Any
+    image_transform: ImageTransform
+    tuned: Tuned
+    recipe: Recipe
+    stage: Stage
+    fingerprints: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def parts(self) -> Parts:
+        """The anatomy of the model."""
+        return self.tuned.parts
+
+    @property
+    def image_tokens(self) -> int:
+        """Tokens one image takes in the language model."""
+        return image_tokens(self.model)
+
+    def turn_encoder(self) -> TurnEncoder:
+        """Encodes conversations as the current stage does."""
+        return TurnEncoder(self.tokenizer, self.stage.template, self.image_tokens, self.stage.system)
+
+    def answer(
+        self,
+        requests: Sequence[Request],
+        *,
+        max_new_tokens: int = 64,
+        batch_size: int = 8,
+        contrast: tuple[str, str] | None = None,
+        on_batch: OnBatch | None = None,
+    ) -> list[Answer]:
+        """See `decode.answer`."""
+        return answer(
+            self.model, self.turn_encoder(), self.image_transform, requests,
+            max_new_tokens=max_new_tokens, batch_size=batch_size, contrast=contrast, on_batch=on_batch,
+        )  # fmt: skip
+
+    def generate(self, images: Any, prompt: str, **options: Any) -> str:
+        """Answer one prompt. Args: images: a path or PIL image, a list of them, or None. Options: as `answer`."""
+        several = [] if images is None else images if isinstance(images, list | tuple) else [images]
+        return self.answer([Request(tuple(several), prompt)], **options)[0].text
+
+    def generate_batch(self, requests: Sequence[tuple[Any, str]], **options: Any) -> list[str]:
+        """Answer (images, prompt) pairs together; the texts are those of `generate` one by one."""
+        made = [Request(tuple(i if isinstance(i, list | tuple) else [] if i is None else [i]), prompt) for i, prompt in requests]
+        return [a.text for a in self.answer(made, **options)]
+
+    def blank_image(self, image: Path | Image.Image) -> Image.Image:
+        """A picture of the same size in the encoder's mean colour."""
+        size = image.size if isinstance(image, Image.Image) else open_image(Path(image)).size
+        return Image.new("RGB", size, self.image_transform.fill)
+
+
+def image_tokens(model: VLM) -> int:
+    """Tokens one image takes after the projector."""
+    return int(cast(Any, model.projector).num_tokens(cast(Encoder, model.vision).num_tokens))
+
+
+def choose_device(name: str) -> torch.device:
+    """`auto` takes an accelerator if there is one. Raises: EnvironmentFault E412 for one that is not there."""
+    if name == "auto":
+        return torch.accelerator.current_accelerator() or torch.device("cpu") if torch.accelerator.is_available() else torch.device("cpu")
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise EnvironmentFault("E412", f"device '{name}' cannot be used: {str(error).splitlines()[0]}", "set run.device=auto or cpu.") from error
+    return torch.device(name)
+
+
+def choose_dtype(precision: str, device: torch.device) -> torch.dtype:
+    """`auto` takes bf16 where the hardware multiplies it, else fp32."""
+    if precision == "auto":
+        units = torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else _cpu_multiplies_bf16()
+        return torch.bfloat16 if units else torch.float32
+    return torch.bfloat16 if precision == "bf16" else torch.float32
+
+
+def _cpu_multiplies_bf16() -> bool:
+    capabilities = torch.cpu.get_capabilities()
+    return bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
+
+
+def assemble(recipe: Recipe, device: torch.device, dtype: torch.dtype, seed: int = 0) -> Bundle:
+    """Load the base parts and put a fresh projector between them; nothing is trained yet.
+
+    Args: seed: of the projector's initial weights.
+    """
+    vision = load_vision(**{f: getattr(recipe.vision, f) for f in recipe.vision.__dataclass_fields__})
+    language, tokenizer = load_language(recipe.language.name, dtype=dtype, attention=recipe.language.attention)
+    prints = {"vision": fingerprint(vision), "language": fingerprint(language)}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        projector = cast(nn.Module, PROJECTORS.build(recipe.projector.name, vision.width, language.config.get_text_config().hidden_size, **recipe.projector.options))
+    cast(Any, projector).num_tokens(vision.num_tokens)  # a grid the projector cannot take is an error now, not at step 1
+    model = VLM(vision.to(dtype), projector, language).to(device)
+    model.requires_grad_(False)
+    transform = ImageTransform(vision.image_size, vision.mean, vision.std, recipe.data.image_mode)
+    stage = list(recipe.stages.values())[-1]
+    return Bundle(model, tokenizer, transform, Tuned(model, model.parts), recipe, stage, prints)
+
+
+def build(recipe: Recipe) -> Bundle:
+    """A recipe's model, tuned as its last stage says: load, then tune."""
+    device = choose_device(recipe.run.device)
+    bundle = assemble(recipe, device, choose_dtype(recipe.run.precision, device), recipe.run.seed)
+    enter_stage(bundle, bundle.stage)
+    return bundle
+
+
+def enter_stage(bundle: Bundle, stage: Stage) -> None:
+    """Make exactly what a stage trains trainable; earlier tuners stay in place, frozen, and go on being saved."""
+    bundle.stage = stage
+    bundle.tuned.apply(stage.tuners)
+
+
+class _NoVision(nn.Module):
+    """Stands for an encoder whose weights are not loaded."""
+
+
+def dry_run(recipe: Recipe, vision_width: int) -> dict[str, list[dict[str, object]]]:
+    """Trainable table of every stage from config.json files alone, on the meta device.
+
+    Args: vision_width: width of the encoder's features.
+    Returns: rows of `Tuned.table` by stage; the vision tower is left out, as it is frozen.
+    """
+    language = empty_language(recipe.language.name)
+    with torch.device("meta"):
+        projector = cast(nn.Module, PROJECTORS.build(recipe.projector.name, vision_width, language.config.get_text_config().hidden_size, **recipe.projector.options))
+    model = VLM(_NoVision(), projector, language)
+    tuned = Tuned(model, model.parts)
+    tables: dict[str, list[dict[str, object]]] = {}
+    for name, stage in recipe.stages.items():
+        tuned.apply(stage.tuners)
+        tables[name] = tuned.table()
+    return tables

@@ -1,0 +1,111 @@
+"""The anatomy of a vision-language model, described once. Every tuner, probe and exporter speaks to `Parts` only."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+from torch import nn
+
+from vlmpeft.errors import ModelError, nearest
+
+PARTS = ("vision", "projector", "language", "lm_head")
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The parts of a VLM; they may nest (the head inside the language model): the most specific one wins.
+
+    Args:
+        vision: (i, 3, h, w) -> features.
+        projector: features -> language-model embeddings.
+        language: the language model, with or without its head.
+        lm_head: hidden states -> logits.
+        blocks: the decoder blocks of `language`, in order.
+        image_token_id: the id that stands for one image token in `input_ids`.
+    """
+
+    vision: nn.Module
+    projector: nn.Module
+    language: nn.Module
+    lm_head: nn.Module
+    blocks: Sequence[nn.Module]
+    image_token_id: int
+
+    def get(self, part: str) -> nn.Module:
+        """The module of a part. Raises: ModelError M530 for an unknown name."""
+        if part not in PARTS:
+            raise ModelError("M530", f"no part '{part}'{nearest(part, PARTS)}")
+        module: nn.Module = getattr(self, part)
+        return module
+
+
+@runtime_checkable
+class HasParts(Protocol):
+    """A model that describes itself, as those we assemble do."""
+
+    @property
+    def parts(self) -> Parts: ...
+
+
+def path_of(model: nn.Module, module: nn.Module) -> str:
+    """Dotted path of `module` inside `model`, "" for the model itself. Raises: ModelError M531 if it is not inside."""
+    for name, candidate in model.named_modules():
+        if candidate is module:
+            return name
+    raise ModelError("M531", f"{type(module).__name__} is not inside {type(model).__name__}.", "take parts from the same model.")
+
+
+def parts_by_name(model: nn.Module, parts: Parts) -> dict[str, str]:
+    """The part of every parameter, by its name in `model`; what no part holds is "other"."""
+    prefixes = sorted(((path_of(model, parts.get(p)), p) for p in PARTS), key=lambda item: -len(item[0]))
+
+    def part(name: str) -> str:
+        return next((p for prefix, p in prefixes if prefix == "" or name.startswith(prefix + ".")), "other")
+
+    return {name: part(name) for name, _ in model.named_parameters()}
+
+
+def adapter_root(model: nn.Module, parts: Parts) -> nn.Module:
+    """The module whose paths key an adapter file: a complete causal LM by itself, or else the whole model.
+
+    In models we assemble `language` holds its own head, so stock `peft` loads the adapter on that causal LM; Hugging Face
+    VLMs keep the head outside it, and there `peft` loads it on the VLM.
+    """
+    head_inside = any(module is parts.lm_head for module in parts.language.modules())
+    return parts.language if head_inside else model
+
+
+def _child(model: nn.Module, *paths: str) -> nn.Module | None:
+    for path in paths:
+        try:
+            return model.get_submodule(path)
+        except AttributeError:
+            continue
+    return None
+
+
+def parts_of(model: nn.Module) -> Parts:
+    """Find the parts of a model we assembled or of a Hugging Face LLaVA layout.
+
+    Raises: ModelError M532 with what is missing, for layouts we do not know.
+    """
+    if isinstance(model, HasParts):
+        return model.parts
+    vision = _child(model, "model.vision_tower", "model.vision_model", "vision_tower")
+    projector = _child(model, "model.multi_modal_projector", "model.connector", "multi_modal_projector")
+    language = _child(model, "model.language_model", "model.text_model", "language_model")
+    head = _child(model, "lm_head", "language_model.lm_head")
+    blocks = language and _child(language, "layers", "model.layers")
+    config = getattr(model, "config", None)
+    image_token_id = getattr(config, "image_token_id", getattr(config, "image_token_index", None))
+    found = {"vision": vision, "projector": projector, "language": language, "lm_head": head, "blocks": blocks}
+    missing = [name for name, part in found.items() if part is None] + (["image_token_id"] if image_token_id is None else [])
+    if missing or not isinstance(blocks, nn.ModuleList) or not (vision and projector and language and head):
+        raise ModelError(
+            "M532",
+            f"cannot find {', '.join(missing) or 'the decoder blocks'} in a {type(model).__name__}.",
+            "describe it yourself: vlmpeft.Parts(vision=..., projector=..., language=..., lm_head=..., blocks=..., image_token_id=...).",
+        )
+    return Parts(vision, projector, language, head, list(blocks), int(image_token_id))

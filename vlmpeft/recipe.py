@@ -1,0 +1,183 @@
+"""What a recipe holds: frozen dataclasses, one a section. Values are those of the published scripts unless a comment says why not."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from vlmpeft.tuners.base import Tuner, check
+
+
+@dataclass(frozen=True)
+class VisionConfig:
+    """The encoder; see `vision.load_vision`."""
+
+    name: str
+    layer: int = -1
+    weights: str | None = None
+    weights_by: Literal["name", "order"] = "name"
+    image_size: int | None = None
+    mean: tuple[float, float, float] | None = None
+    std: tuple[float, float, float] | None = None
+
+
+@dataclass(frozen=True)
+class LanguageConfig:
+    """The language model; see `language.load_language`."""
+
+    name: str
+    attention: str = "sdpa"
+
+
+@dataclass(frozen=True)
+class ProjectorConfig:
+    """The projector's name in the registry and its own options."""
+
+    name: str = "mlp2x_gelu"
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where the data is and how it is read.
+
+    pretrain, instruct: LLaVA JSON or JSONL files of the two stages. images: folder the records' paths are relative to.
+    truncate: what happens to a sample longer than max_length: "right" cuts text at its end (never an image, and at least
+    one answer token stays), "skip" leaves it out, "error" stops. cache_features: encode every image once, keep the
+    features on disk. held_out: share of the records kept for the evaluation loss.
+    """
+
+    pretrain: str | None = None
+    instruct: str | None = None
+    images: str | None = None
+    image_mode: Literal["pad", "square"] = "pad"
+    max_length: int = 2048
+    truncate: Literal["right", "skip", "error"] = "right"
+    on_bad_sample: Literal["error", "skip"] = "error"
+    max_bad_fraction: float = 0.001
+    verify_images: Literal["header", "full"] = "header"
+    auto_image_token: bool = False
+    workers: int = 2
+    cache_features: bool = False
+    held_out: float = 0.0
+
+    def __post_init__(self) -> None:
+        check(self.max_length >= 16, "data.max_length", self.max_length, "at least 16 tokens")
+        check(0 <= self.held_out <= 0.5, "data.held_out", self.held_out, "a share in [0, 0.5]")
+        check(0 <= self.max_bad_fraction <= 1, "data.max_bad_fraction", self.max_bad_fraction, "a share in [0, 1]")
+        check(self.workers >= 0, "data.workers", self.workers, "0 or more")
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW and its schedule. lr: of tuners without one of their own. clip: gradient norm, null for none. steps: null trains `epochs`."""
+
+    lr: float = 2e-4
+    weight_decay: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    clip: float | None = None
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup: float = 0.03
+    epochs: float = 1.0
+    steps: int | None = None
+
+    def __post_init__(self) -> None:
+        check(0 < self.lr <= 1, "optim.lr", self.lr, "a number in (0, 1]")
+        check(0 <= self.weight_decay < 1, "optim.weight_decay", self.weight_decay, "a number in [0, 1)")
+        check(0 <= self.warmup < 1, "optim.warmup", self.warmup, "a share in [0, 1)")
+        check(self.epochs > 0, "optim.epochs", self.epochs, "a number above 0")
+        check(self.steps is None or self.steps >= 1, "optim.steps", self.steps, "at least 1")
+        check(self.clip is None or self.clip > 0, "optim.clip", self.clip, "a number above 0, or null")
+        check(all(0 <= b < 1 for b in self.betas), "optim.betas", self.betas, "two numbers in [0, 1)")
+        check(self.eps > 0, "optim.eps", self.eps, "a number above 0")
+
+
+@dataclass(frozen=True)
+class BatchConfig:
+    """size: samples an optimizer step sees, over all processes. micro: samples in one forward. group: batches of one modality and like length."""
+
+    size: int = 128
+    micro: int = 16
+    group: Literal["none", "length", "modality"] = "none"
+
+    def __post_init__(self) -> None:
+        check(self.size >= 1, "batch.size", self.size, "at least 1")
+        check(1 <= self.micro <= self.size, "batch.micro", self.micro, f"1 to batch.size ({self.size})")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One training stage.
+
+    source: which file of the data section. turns: "chat" trains a conversation in order; "independent" lets each question
+    see the images and itself only, as if it had been asked alone, at the price of one image.
+    """
+
+    source: Literal["pretrain", "instruct"] = "instruct"
+    template: str = "vicuna_v1"
+    system: str | None = None
+    turns: Literal["chat", "independent"] = "chat"
+    gradient_checkpointing: bool = False
+    tuners: Mapping[str, Tuner] = field(default_factory=dict)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    batch: BatchConfig = field(default_factory=BatchConfig)
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """Questions asked before the first stage, after the last, and once more with the images blanked. questions: files, comma-separated."""
+
+    questions: str | None = None
+    images: str | None = None
+    suffix: str = "\nAnswer the question using a single word or phrase."
+    max_new_tokens: int = 16
+    batch_size: int = 16
+    blank: bool = True
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """How and where a run runs.
+
+    precision: "auto" takes bf16 where the hardware multiplies it, else fp32. resume: "auto", "never" or a checkpoint.
+    save_every, eval_every: optimizer steps, 0 for the end of a stage only. keep: newest checkpoints kept. patience:
+    evaluations without a better loss before a stage ends early, 0 for never. trackers: names accelerate knows.
+    """
+
+    dir: str = "runs/run"
+    seed: int = 42
+    device: str = "auto"
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    resume: str = "auto"
+    overwrite: bool = False
+    log_every: int = 1
+    save_every: int = 0
+    eval_every: int = 0
+    keep: int = 2
+    patience: int = 0
+    trackers: tuple[str, ...] = ()
+    project: str = "vlmpeft"
+
+    def __post_init__(self) -> None:
+        check(self.keep >= 2, "run.keep", self.keep, "at least 2: the newest may be in the making when a run dies")
+        check(self.log_every >= 1, "run.log_every", self.log_every, "at least 1")
+        for name in ("save_every", "eval_every", "patience"):
+            check(getattr(self, name) >= 0, f"run.{name}", getattr(self, name), "0 or more")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A whole run. init: a model directory to start from instead of the bare base."""
+
+    vision: VisionConfig
+    language: LanguageConfig
+    stages: Mapping[str, Stage]
+    projector: ProjectorConfig = field(default_factory=ProjectorConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+    init: str | None = None
+    imports: tuple[str, ...] = ()
+    title: str = ""

@@ -1,0 +1,72 @@
+"""Where images, text and answers are in a batch, computed once a forward. Letters: b batch, s sequence."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vlmpeft.batch import IGNORE
+
+
+@dataclass(frozen=True)
+class Routing:
+    """Boolean masks (b, s) that every modality-aware component reads instead of deriving positions again.
+
+    Args:
+        visual: image placeholders.
+        text: all other real tokens.
+        answer: tokens the assistant wrote (labels != IGNORE); None without labels.
+        predict: positions whose next token is an answer token, for the loss; None without labels.
+        adapter: (b,) int64 index of the adapter a row uses; None where all rows use the same.
+    """
+
+    visual: Tensor
+    text: Tensor
+    answer: Tensor | None = None
+    predict: Tensor | None = None
+    adapter: Tensor | None = None
+
+
+def routing_of(input_ids: Tensor, attention_mask: Tensor, labels: Tensor | None, image_token_id: int) -> Routing:
+    """The routing of a batch. Args: input_ids, attention_mask, labels: (b, s)."""
+    real = attention_mask.bool()
+    visual = (input_ids == image_token_id) & real
+    if labels is None:
+        return Routing(visual, real & ~visual)
+    answer = (labels != IGNORE) & real
+    predict = torch.zeros_like(answer)
+    predict[:, :-1] = answer[:, 1:]
+    return Routing(visual, real & ~visual, answer, predict)
+
+
+def position_ids(attention_mask: Tensor, turns: Tensor | None) -> Tensor:
+    """Positions that count real tokens only; each independent turn continues where the shared prefix ends.
+
+    Args: attention_mask (b, s) bool; turns (b, s) or None, see `Batch.turns`.
+    Returns: (b, s) int64, 0 at padding.
+    """
+    real = attention_mask.long()
+    positions = real.cumsum(-1) - 1
+    if turns is not None:
+        shared = ((turns == 0) & attention_mask).sum(-1, keepdim=True)
+        same = (turns[:, :, None] == turns[:, None, :]) & attention_mask[:, None, :]
+        within = same.tril().sum(-1) - 1  # (b, s) rank of a token inside its own turn
+        positions = torch.where(turns > 0, shared + within, positions)
+    return positions.clamp_min(0)
+
+
+def turn_mask(attention_mask: Tensor, turns: Tensor, dtype: torch.dtype) -> Tensor:
+    """Additive causal mask under which a turn sees the shared prefix and itself.
+
+    Args: attention_mask (b, s) bool; turns (b, s); dtype of the attention scores.
+    Returns: (b, 1, s, s), 0 where attention is allowed, the most negative number elsewhere.
+    """
+    size = turns.shape[1]
+    causal = torch.ones(size, size, dtype=torch.bool, device=turns.device).tril()
+    keys = turns[:, None, :]
+    allowed = causal & ((keys == 0) | (keys == turns[:, :, None])) & attention_mask[:, None, :]
+    allowed = allowed | torch.eye(size, dtype=torch.bool, device=turns.device)  # a padded row sees itself: no NaN
+    bias = torch.zeros(allowed.shape, dtype=dtype, device=turns.device)
+    return bias.masked_fill(~allowed, torch.finfo(dtype).min)[:, None]

@@ -1,0 +1,39 @@
+"""What a tuner is: a frozen dataclass whose fields are its recipe section, applied to a model through its `Parts`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar, Protocol
+
+from torch import nn
+
+from vlmpeft.errors import ConfigError
+from vlmpeft.parts import Parts
+from vlmpeft.registry import Registry
+
+
+class Tuner(Protocol):
+    """A method of tuning.
+
+    kind: its name in recipes. part: the part it works on. lr: its learning rate, None for the recipe's `optim.lr`.
+    """
+
+    kind: ClassVar[str]
+
+    @property
+    def part(self) -> str: ...
+    @property
+    def lr(self) -> float | None: ...
+
+    def apply(self, model: nn.Module, parts: Parts) -> Mapping[str, nn.Parameter]:
+        """Change the model in place. Returns: what is to be trained, by its name in `model`, in fp32."""
+        ...
+
+
+TUNERS: Registry[Tuner] = Registry("tuner")
+
+
+def check(condition: bool, key: str, value: object, allowed: str) -> None:
+    """Raise ConfigError C102 unless `condition` holds: what every tuner's `__post_init__` calls."""
+    if not condition:
+        raise ConfigError("C102", f"{key}={value!r} is out of range.", f"use {allowed}.")

@@ -1,0 +1,42 @@
+"""Full tuning of one part: every parameter of it, in fp32."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import nn
+
+from vlmpeft.parts import Parts, path_of
+from vlmpeft.tuners.base import TUNERS, check
+
+
+@TUNERS.register("full")
+@dataclass(frozen=True)
+class Full:
+    """Train every parameter of a part. Weights become fp32: at a learning rate of 2e-5 most updates round away in bf16.
+
+    Args:
+        part: "projector", "language", "vision" or "lm_head".
+        lr: learning rate of its own.
+    """
+
+    kind: ClassVar[str] = "full"
+    part: str = "projector"
+    lr: float | None = None
+
+    def __post_init__(self) -> None:
+        check(self.lr is None or 0 < self.lr <= 1, "full.lr", self.lr, "a number in (0, 1]")
+
+    def apply(self, model: nn.Module, parts: Parts) -> Mapping[str, nn.Parameter]:
+        """Bring the part to fp32. Returns: its parameters by name; adapters already in it are not its own."""
+        module = parts.get(self.part)
+        prefix = path_of(model, module)
+        trained: dict[str, nn.Parameter] = {}
+        for name, parameter in module.named_parameters():
+            if not any(piece.startswith("lora_") for piece in name.split(".")):
+                parameter.data = parameter.data.to(torch.float32)
+                trained[f"{prefix}.{name}" if prefix else name] = parameter
+        return trained

@@ -1,0 +1,110 @@
+"""The model we assemble: encoder -> projector -> splice -> causal LM. Letters: b batch, s sequence, i images, n tokens, d width."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vlmpeft.batch import IMAGE_TOKEN_ID, supervised_index
+from vlmpeft.errors import ModelError
+from vlmpeft.language import decoder_of, logits_of
+from vlmpeft.loss import answer_loss
+from vlmpeft.parts import Parts
+from vlmpeft.routing import position_ids, routing_of, turn_mask
+
+
+@dataclass
+class VLMOutput:
+    """What a forward gives.
+
+    Args:
+        loss: sum of the cross entropy over supervised tokens, divided by `num_items_in_batch` or else their number.
+        logits: (b, s, vocabulary) without labels; with labels only at supervised positions, (m, vocabulary).
+    """
+
+    loss: Tensor | None
+    logits: Tensor
+
+
+class VLM(nn.Module):
+    """A frozen encoder, a projector and a causal LM, composed through `inputs_embeds`.
+
+    Args:
+        vision: (i, 3, h, w) -> (i, n, d).
+        projector: (i, n, d) -> (i, k, width of the LM).
+        language: any causal LM of transformers.
+    """
+
+    def __init__(self, vision: nn.Module, projector: nn.Module, language: Any) -> None:
+        super().__init__()
+        self.vision, self.projector, self.language = vision, projector, language
+        self.config = language.config  # transformers.Trainer and accelerate read it
+
+    @property
+    def parts(self) -> Parts:
+        """The anatomy of this model."""
+        head: nn.Module = self.language.get_output_embeddings()
+        blocks = [m for m in decoder_of(self.language).children() if isinstance(m, nn.ModuleList)][0]
+        return Parts(self.vision, self.projector, self.language, head, list(blocks), IMAGE_TOKEN_ID)
+
+    def image_embeddings(self, pixel_values: Tensor) -> Tensor:
+        """(i, 3, h, w), or features (i, n, d) computed before -> (i, k, width) in the LM's dtype."""
+        features = self.vision(pixel_values) if pixel_values.ndim == 4 else pixel_values
+        parameter = next(self.projector.parameters(), features)
+        dtype = self.language.get_input_embeddings().weight.dtype
+        embeddings: Tensor = self.projector(features.to(parameter.dtype))
+        return embeddings.to(dtype)
+
+    def embed(self, input_ids: Tensor, visual: Tensor, pixel_values: Tensor | None) -> Tensor:
+        """Token embeddings with the images spliced in.
+
+        Args: input_ids (b, s); visual (b, s) bool, image placeholders; pixel_values as `image_embeddings`, or None.
+        Returns: (b, s, width).
+        Raises: ModelError M515 if placeholders and image tokens differ in number (checked where it costs no wait).
+        """
+        embeddings: Tensor = self.language.get_input_embeddings()(input_ids.masked_fill(visual, 0))
+        if pixel_values is None:
+            self._check_count(visual, 0)
+            return embeddings
+        images = self.image_embeddings(pixel_values)
+        self._check_count(visual, images.shape[0] * images.shape[1])
+        return embeddings.masked_scatter(visual[..., None], images)
+
+    @staticmethod
+    def _check_count(visual: Tensor, tokens: int) -> None:
+        if visual.device.type == "cpu" and (placeholders := int(visual.sum())) != tokens:
+            raise ModelError(
+                "M515",
+                f"{placeholders} image placeholders in input_ids, but the images give {tokens} tokens.",
+                "expand each image to projector.num_tokens(n) placeholders, as vlmpeft's collator does.",
+            )
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        turns: Tensor | None = None,
+        supervised: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> VLMOutput:
+        """Forward of a `Batch`; the arguments are its fields.
+
+        Args: num_items_in_batch: divisor of the summed loss; None divides by the supervised tokens of this batch.
+        """
+        mask = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+        routing = routing_of(input_ids, mask, labels, IMAGE_TOKEN_ID)
+        embeddings = self.embed(input_ids, routing.visual, pixel_values)
+        bias = mask if turns is None else turn_mask(mask, turns, embeddings.dtype)
+        hidden: Tensor = decoder_of(self.language)(
+            inputs_embeds=embeddings, attention_mask=bias, position_ids=position_ids(mask, turns), use_cache=False
+        ).last_hidden_state
+        if labels is None:
+            return VLMOutput(None, logits_of(self.language, hidden))
+        index = supervised_index(labels) if supervised is None else supervised
+        logits = logits_of(self.language, hidden.flatten(0, 1)[index])  # (m, vocabulary): no logits where no loss
+        return VLMOutput(answer_loss(logits, labels, index, num_items_in_batch), logits)
