@@ -16,6 +16,7 @@ from vlmpeft.eval.rows import Row, read_rows, write_json, write_rows
 
 if TYPE_CHECKING:
     from PIL import Image
+    from tqdm import tqdm
 
     from vlmpeft.decode import Answer, Request
 
@@ -118,23 +119,34 @@ def ask(
     from vlmpeft.decode import Request
 
     paths = resolve_images(questions, images)
-    pictures = _blanks(bundle, paths) if blank else paths
+    pictures: Sequence[Path | Image.Image] = _blanks(bundle, paths) if blank else paths
     prompts = [q["text"] if q["text"].endswith(suffix) else q["text"] + suffix for q in questions]
     requests = [Request(images=(p,), prompt=prompt) for p, prompt in zip(pictures, prompts, strict=True)]
-    right = 0
     with tqdm(total=len(requests), unit="question", disable=not progress, mininterval=1.0) as bar:
-
-        def on_batch(batch: Sequence[tuple[int, Answer]]) -> None:
-            nonlocal right
-            if correct is not None:
-                right += sum(correct(questions[index], answer.text.strip()) for index, answer in batch)
-                bar.set_postfix_str(f"accuracy {right / (bar.n + len(batch)):.3f}", refresh=False)
-            bar.update(len(batch))
-
         answers = bundle.answer(
-            requests, max_new_tokens=max_new_tokens, batch_size=batch_size, contrast=contrast, on_batch=on_batch
+            requests,
+            max_new_tokens=max_new_tokens,
+            batch_size=batch_size,
+            contrast=contrast,
+            on_batch=_progress(bar, questions, correct),
         )
     return [_row(q, prompt, answer) for q, prompt, answer in zip(questions, prompts, answers, strict=True)]
+
+
+def _progress(
+    bar: tqdm[Any], questions: Sequence[Row], correct: Callable[[Row, str], bool] | None
+) -> Callable[[Sequence[tuple[int, Answer]]], None]:
+    """What to do after a batch: move the bar on, with the accuracy so far."""
+    right = 0
+
+    def on_batch(batch: Sequence[tuple[int, Answer]]) -> None:
+        nonlocal right
+        if correct is not None:
+            right += sum(correct(questions[index], answer.text.strip()) for index, answer in batch)
+            bar.set_postfix_str(f"accuracy {right / (bar.n + len(batch)):.3f}", refresh=False)
+        bar.update(len(batch))
+
+    return on_batch
 
 
 def _blanks(bundle: Answerer, paths: Sequence[Path]) -> list[Image.Image]:

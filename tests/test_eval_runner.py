@@ -4,35 +4,21 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 from PIL import Image
 
 import vlmpeft
+from vlmpeft.decode import Answer, Request
 from vlmpeft.errors import ConfigError, DataError, EvalError, NumericError, VlmpeftError, run_command
 from vlmpeft.eval import pope, runner
 from vlmpeft.eval.paths import resolve_images
 from vlmpeft.eval.rows import read_rows, write_json, write_rows
 
 DEFAULTS = {"suffix": "\nBriefly.", "batch_size": 16, "blank": False}
-
-
-@dataclass(frozen=True)
-class Request:
-    images: tuple[Any, ...]
-    prompt: str
-
-
-@dataclass(frozen=True)
-class Answer:
-    text: str
-    margin: float | None = None
 
 
 class FakeBundle:
@@ -67,13 +53,6 @@ class FakeBundle:
     def blank_image(self, image: Any) -> Image.Image:
         with Image.open(image) as opened:
             return Image.new("RGB", opened.size, (122, 116, 104))
-
-
-@pytest.fixture(autouse=True)
-def _request_without_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    decode = ModuleType("vlmpeft.decode")
-    decode.Request, decode.Answer = Request, Answer  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "vlmpeft.decode", decode)
 
 
 @pytest.fixture

@@ -378,7 +378,7 @@ def test_unknown_option_suggests_the_nearest() -> None:
 def test_options_are_the_keyword_only_parameters() -> None:
     assert {name: list(PROJECTORS.options(name)) for name in ("linear", "mlp3x_gelu", "ldp", "ldpv2")} == {
         "linear": [],
-        "mlp3x_gelu": [],
+        "mlp3x_gelu": ["rms"],
         "ldp": [],
         "ldpv2": ["grid"],
     }

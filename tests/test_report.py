@@ -77,9 +77,10 @@ def run_dir(tmp_path: Path) -> Path:
     Image.new("RGB", (800, 500), "red").save(tmp_path / "red.png")
     (tmp_path / "broken.png").write_bytes(b"not a picture")
     rows: list[dict[str, Any]] = []
-    for stage, rate in (("pretrain", 1e-3), ("instruct", {"lora": 4e-4, "projector": 2e-5})):
+    for stage, rate in (("pretrain", {"projector": 1e-3}), ("instruct", {"lora": 4e-4, "projector": 2e-5})):
         for step in range(1, 41):
-            row = {"stage": stage, "step": step, "loss": 3 / step, "lr": rate, "grad_norm": 1.5, "tokens_per_s": 900.0}
+            row = {"stage": stage, "step": step, "loss": 3 / step, "lr": max(rate.values()), "lrs": rate}
+            row |= {"grad_norm": 1.5, "tokens_per_s": 900.0}
             rows.append(row)
         rows.append({"stage": stage, "step": 40, "eval_loss": 0.5})
     rows[3]["loss"] = math.nan
@@ -197,7 +198,7 @@ def test_no_run_directory_is_an_error(tmp_path: Path) -> None:
 
 def test_odd_values_do_not_break_the_report(run_dir: Path) -> None:
     rows = [
-        {"step": 1, "loss": "high", "lr": {"a": None}},
+        {"step": 1, "loss": "high", "lrs": {"a": None}},
         {"stage": 3, "step": None, "loss": 10**400},
         {"stage": [1], "step": 2, "loss": 1},
     ]

@@ -8,7 +8,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -127,9 +127,6 @@ def test_command_writes_answers_and_metrics_and_prints_a_table(
 ) -> None:
     import vlmpeft
 
-    decode = ModuleType("vlmpeft.decode")
-    decode.Request = SimpleNamespace  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "vlmpeft.decode", decode)
     monkeypatch.setattr(vlmpeft, "load", lambda directory, device: FakeBundle(), raising=False)
     (tmp_path / "a.png").write_bytes(b"never opened here")
     write_rows(tmp_path / "q.jsonl", QUESTIONS)

@@ -6,6 +6,8 @@ Public names load on first use, so `import vlmpeft` and the scorers need no torc
 from __future__ import annotations
 
 import importlib
+import sys
+import types
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -36,8 +38,19 @@ def __getattr__(name: str) -> Any:
     """Import a public name's module when the name is first asked for (PEP 562)."""
     if name in _HOME:
         value = getattr(importlib.import_module(f"vlmpeft.{_HOME[name]}"), name)
-        globals()[name] = value  # the submodules `build` and `tune` would otherwise hide their functions
+        globals()[name] = value
         return value
     if name in ("tuners", "projectors", "steering", "eval"):
         return importlib.import_module(f"vlmpeft.{name}")
     raise AttributeError(f"module 'vlmpeft' has no attribute '{name}'")
+
+
+class _Package(types.ModuleType):
+    """Keeps `vlmpeft.build` and `vlmpeft.tune` functions: the import of a submodule of that name would replace them."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        hides = isinstance(value, types.ModuleType) and _HOME.get(name) == name
+        super().__setattr__(name, getattr(value, name) if hides else value)
+
+
+sys.modules[__name__].__class__ = _Package

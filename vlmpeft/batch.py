@@ -1,4 +1,7 @@
-"""What one forward sees. Letters: b batch, s sequence, i images, n tokens of an image, d feature width, m supervised tokens."""
+"""What one forward sees.
+
+Letters: b batch, s sequence, i images, n tokens of an image, d feature width, m supervised tokens.
+"""
 
 from __future__ import annotations
 
@@ -33,11 +36,12 @@ class Batch:
         input_ids: (b, s) int64; one placeholder id per image token, already expanded.
         attention_mask: (b, s) bool; False at padding.
         labels: (b, s) int64, unshifted; IGNORE where no loss.
-        pixel_values: (i, 3, h, w), images in order of appearance, or features (i, n, d) computed before; None without images.
-        turns: (b, s) int64; 0 for tokens that every turn sees, k for tokens of independent turn k, which see only turn 0
-            and themselves; None where every token sees all before it.
-        supervised: (m,) int64, flat index into (b * s) of the positions that predict a supervised token; computed on the
-            host, so that no step waits for the device.
+        pixel_values: (i, 3, h, w), images in order of appearance, or features (i, n, d) computed before; None
+            without images.
+        turns: (b, s) int64; 0 for tokens that every turn sees, k for tokens of independent turn k, which see only
+            turn 0 and themselves; None where every token sees all before it.
+        supervised: (m,) int64, flat index into (b * s) of the positions that predict a supervised token; computed on
+            the host, so that no step waits for the device.
     """
 
     input_ids: Tensor
@@ -56,6 +60,10 @@ class Batch:
         """The same batch on `device`; copies from pinned memory do not block."""
         moved = {k: v.to(device, non_blocking=True) for k, v in self.tensors().items()}
         return dataclasses.replace(self, **moved)
+
+    def pin_memory(self) -> Batch:
+        """The same batch in page-locked memory."""
+        return dataclasses.replace(self, **{k: v.pin_memory() for k, v in self.tensors().items()})
 
     def tensors(self) -> dict[str, Tensor]:
         """The fields that are there, as keyword arguments of a model's forward."""
@@ -81,8 +89,11 @@ def collate(samples: Sequence[Encoded], images: Sequence[Tensor] = (), side: str
     width = max(len(s.input_ids) for s in samples)
 
     def padded(rows: Sequence[Sequence[int]], fill: int) -> Tensor:
-        lists = [list(r) + [fill] * (width - len(r)) if side == "right" else [fill] * (width - len(r)) + list(r) for r in rows]
-        return torch.tensor(lists, dtype=torch.int64)
+        out = torch.full((len(rows), width), fill, dtype=torch.int64)
+        for i, row in enumerate(rows):
+            start = 0 if side == "right" else width - len(row)
+            out[i, start : start + len(row)] = torch.tensor(row, dtype=torch.int64)
+        return out
 
     labels = padded([s.labels for s in samples], IGNORE)
     independent = any(t for s in samples for t in s.turns)

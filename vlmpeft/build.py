@@ -14,13 +14,13 @@ from torch import nn
 from vlmpeft.decode import Answer, OnBatch, Request, answer
 from vlmpeft.errors import EnvironmentFault
 from vlmpeft.images import ImageTransform, open_image
-from vlmpeft.language import empty_language, fingerprint, load_language
+from vlmpeft.language import empty_language, fingerprint, load_language, width_of
 from vlmpeft.parts import Parts
 from vlmpeft.projectors import PROJECTORS
 from vlmpeft.recipe import Recipe, Stage
 from vlmpeft.template import TurnEncoder
 from vlmpeft.tune import Tuned
-from vlmpeft.vision import Encoder, load_vision
+from vlmpeft.vision import Encoder, empty_vision, load_vision
 from vlmpeft.vlm import VLM
 
 
@@ -72,18 +72,23 @@ class Bundle:
 
     def generate(self, images: Any, prompt: str, **options: Any) -> str:
         """Answer one prompt. Args: images: a path or PIL image, a list of them, or None. Options: as `answer`."""
-        several = [] if images is None else images if isinstance(images, list | tuple) else [images]
-        return self.answer([Request(tuple(several), prompt)], **options)[0].text
+        return self.answer([Request(_several(images), prompt)], **options)[0].text
 
     def generate_batch(self, requests: Sequence[tuple[Any, str]], **options: Any) -> list[str]:
         """Answer (images, prompt) pairs together; the texts are those of `generate` one by one."""
-        made = [Request(tuple(i if isinstance(i, list | tuple) else [] if i is None else [i]), prompt) for i, prompt in requests]
+        made = [Request(_several(images), prompt) for images, prompt in requests]
         return [a.text for a in self.answer(made, **options)]
 
     def blank_image(self, image: Path | Image.Image) -> Image.Image:
         """A picture of the same size in the encoder's mean colour."""
         size = image.size if isinstance(image, Image.Image) else open_image(Path(image)).size
         return Image.new("RGB", size, self.image_transform.fill)
+
+
+def _several(images: Any) -> tuple[Path | Image.Image, ...]:
+    """None, one image or a list of them as a tuple."""
+    listed = [] if images is None else images if isinstance(images, list | tuple) else [images]
+    return tuple(Path(image) if isinstance(image, str) else image for image in listed)
 
 
 def image_tokens(model: VLM) -> int:
@@ -94,18 +99,21 @@ def image_tokens(model: VLM) -> int:
 def choose_device(name: str) -> torch.device:
     """`auto` takes an accelerator if there is one. Raises: EnvironmentFault E412 for one that is not there."""
     if name == "auto":
-        return torch.accelerator.current_accelerator() or torch.device("cpu") if torch.accelerator.is_available() else torch.device("cpu")
+        found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        return found or torch.device("cpu")
     try:
         torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:
-        raise EnvironmentFault("E412", f"device '{name}' cannot be used: {str(error).splitlines()[0]}", "set run.device=auto or cpu.") from error
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = f"device '{name}' cannot be used: {str(error).splitlines()[0]}"
+        raise EnvironmentFault("E412", reason, "set run.device=auto or cpu.") from error
     return torch.device(name)
 
 
 def choose_dtype(precision: str, device: torch.device) -> torch.dtype:
     """`auto` takes bf16 where the hardware multiplies it, else fp32."""
     if precision == "auto":
-        units = torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else _cpu_multiplies_bf16()
+        cuda = device.type == "cuda"
+        units = torch.cuda.is_bf16_supported(including_emulation=False) if cuda else _cpu_multiplies_bf16()
         return torch.bfloat16 if units else torch.float32
     return torch.bfloat16 if precision == "bf16" else torch.float32
 
@@ -125,13 +133,18 @@ def assemble(recipe: Recipe, device: torch.device, dtype: torch.dtype, seed: int
     prints = {"vision": fingerprint(vision), "language": fingerprint(language)}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        projector = cast(nn.Module, PROJECTORS.build(recipe.projector.name, vision.width, language.config.get_text_config().hidden_size, **recipe.projector.options))
-    cast(Any, projector).num_tokens(vision.num_tokens)  # a grid the projector cannot take is an error now, not at step 1
+        projector = _projector(recipe, vision.width, width_of(language))
+    cast(Any, projector).num_tokens(vision.num_tokens)  # a grid it cannot take is an error now, not at step 1
     model = VLM(vision.to(dtype), projector, language).to(device)
     model.requires_grad_(False)
     transform = ImageTransform(vision.image_size, vision.mean, vision.std, recipe.data.image_mode)
     stage = list(recipe.stages.values())[-1]
     return Bundle(model, tokenizer, transform, Tuned(model, model.parts), recipe, stage, prints)
+
+
+def _projector(recipe: Recipe, vision_width: int, language_width: int) -> nn.Module:
+    built = PROJECTORS.build(recipe.projector.name, vision_width, language_width, **recipe.projector.options)
+    return cast(nn.Module, built)
 
 
 def build(recipe: Recipe) -> Bundle:
@@ -148,20 +161,17 @@ def enter_stage(bundle: Bundle, stage: Stage) -> None:
     bundle.tuned.apply(stage.tuners)
 
 
-class _NoVision(nn.Module):
-    """Stands for an encoder whose weights are not loaded."""
+def dry_run(recipe: Recipe) -> dict[str, list[dict[str, object]]]:
+    """Trainable table of every stage from config.json files alone: no weights, no data, on the meta device.
 
-
-def dry_run(recipe: Recipe, vision_width: int) -> dict[str, list[dict[str, object]]]:
-    """Trainable table of every stage from config.json files alone, on the meta device.
-
-    Args: vision_width: width of the encoder's features.
-    Returns: rows of `Tuned.table` by stage; the vision tower is left out, as it is frozen.
+    Returns: rows of `Tuned.table` by stage.
     """
     language = empty_language(recipe.language.name)
+    vision = empty_vision(recipe.vision.name, layer=recipe.vision.layer, image_size=recipe.vision.image_size)
     with torch.device("meta"):
-        projector = cast(nn.Module, PROJECTORS.build(recipe.projector.name, vision_width, language.config.get_text_config().hidden_size, **recipe.projector.options))
-    model = VLM(_NoVision(), projector, language)
+        projector = _projector(recipe, vision.width, width_of(language))
+    cast(Any, projector).num_tokens(vision.num_tokens)
+    model = VLM(vision, projector, language)
     tuned = Tuned(model, model.parts)
     tables: dict[str, list[dict[str, object]]] = {}
     for name, stage in recipe.stages.items():

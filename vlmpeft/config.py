@@ -1,33 +1,32 @@
-"""Recipe files and `key=value` overrides to a `Recipe`. The only file that imports OmegaConf; plain dictionaries at once."""
+"""Recipe files and `key=value` overrides to a `Recipe`. The only file that imports OmegaConf; plain values after."""
 
 from __future__ import annotations
 
-import dataclasses
 import importlib
-import typing
+import os
+import sys
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
-import vlmpeft.tuners  # noqa: F401  (registers the tuners)
-from vlmpeft.errors import ConfigError, nearest
-from vlmpeft.recipe import BatchConfig, OptimConfig, ProjectorConfig, Recipe, Stage
-from vlmpeft.schema import as_plain, build
-from vlmpeft.tuners.base import TUNERS, Tuner
+from vlmpeft.errors import ConfigError, VlmpeftError, nearest
+from vlmpeft.recipe import Recipe
+from vlmpeft.schema import as_plain, convert
+from vlmpeft.sections import COMMON, STAGE, Plain, build_recipe
+from vlmpeft.tuners import TUNERS
+from vlmpeft.yaml_file import read_yaml_text
 
+OF_ENCODER = ("weights", "weights_by", "image_size", "mean", "std")  # what is true of one encoder only
 ALIASES = {"vision": "vision.name", "language": "language.name", "projector": "projector.name"}
-COMMON = ("title", "imports", "init", "vision", "language", "projector", "data", "eval", "run")
-STAGE = ("source", "template", "system", "turns", "gradient_checkpointing", "tuners", "optim", "batch")
-Plain = dict[str, Any]
 
 
 def recipe_names() -> list[str]:
     """The recipes that come with the package."""
-    return sorted(f.name.removesuffix(".yaml") for f in resources.files("vlmpeft.recipes").iterdir() if f.name.endswith(".yaml"))
+    files = (f.name for f in resources.files("vlmpeft.recipes").iterdir())
+    return sorted(name.removesuffix(".yaml") for name in files if name.endswith(".yaml"))
 
 
 def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
@@ -35,16 +34,18 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
 
     Args:
         name_or_path: a shipped recipe's name or a YAML file.
-        overrides: `section.key=value`, later ones win.
+        overrides: `section.key=value`, later ones win; another encoder or projector is chosen before its options are.
 
     Raises: ConfigError with the key, the allowed values and the nearest valid name.
     """
+    changes = sorted(map(_parse, overrides), key=lambda change: change[0] not in ("vision.name", "projector.name"))
+    for key, value in changes:
+        if key == "imports":
+            _import(value)
     merged = _read(name_or_path)
-    for override in overrides:
-        merged = _override(merged, override)
-    for module in merged.get("imports") or ():
-        _import(str(module))
-    return _build(merged)
+    for key, value in changes:
+        merged = _override(merged, key, value)
+    return build_recipe(merged)
 
 
 def to_yaml(recipe: Recipe) -> str:
@@ -56,150 +57,153 @@ def to_yaml(recipe: Recipe) -> str:
     return OmegaConf.to_yaml(OmegaConf.create(plain))
 
 
-def _read(name_or_path: str) -> Plain:
-    """A recipe file with what it is based on below it."""
+def _read(name_or_path: str, above: tuple[Path, ...] = ()) -> Plain:
+    """A recipe file with what it is based on below it. Args: above: the files that are based on this one."""
+    path = _path(name_or_path, above)
+    if path in above:
+        raise ConfigError("C107", f"{path} is based on itself.", "take the key `base` out of one of the files.")
+    text = read_yaml_text(path)
+    try:
+        values = OmegaConf.to_container(OmegaConf.create(text), resolve=True)
+    except Exception as error:  # OmegaConf's and PyYAML's errors have no base but Exception
+        raise ConfigError("C107", f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict) or not isinstance(values.get("stages") or {}, dict):
+        raise ConfigError("C107", f"{path} holds no sections.", "write section: {key: value}.")
+    recipe: Plain = {str(k): v for k, v in values.items()}
+    _import(recipe.get("imports"))
+    if base := recipe.pop("base", None):
+        recipe = _merge(_read(str(base), (*above, path)), recipe)
+    for name, stage in (recipe.get("stages") or {}).items():
+        if isinstance(stage, dict) and (base := stage.pop("base", None)):
+            below = {k: v for k, v in _read(str(base), (*above, path)).items() if k in STAGE}
+            recipe["stages"][name] = _merge(below, stage)
+    return _normalised(recipe)
+
+
+def _path(name_or_path: str, above: Sequence[Path]) -> Path:
+    """The file of a recipe; a relative path is looked up beside the file that names it."""
     path = Path(name_or_path)
     if path.suffix not in (".yaml", ".yml"):
         if name_or_path not in recipe_names():
             raise ConfigError("C103", f"no recipe '{name_or_path}'{nearest(name_or_path, recipe_names())}")
         path = Path(str(resources.files("vlmpeft.recipes") / f"{name_or_path}.yaml"))
+    elif above:
+        path = above[-1].parent / path
     if not path.is_file():
         raise ConfigError("C103", f"no recipe file {path}.", "give a name (see README) or a path.")
-    try:
-        values = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
-    except (OmegaConfBaseException, OSError, UnicodeDecodeError, ValueError) as error:
-        raise ConfigError("C107", f"{path}: {_first_line(error)}") from error
-    except Exception as error:  # PyYAML's errors derive from Exception alone
-        raise ConfigError("C107", f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(values, dict):
-        raise ConfigError("C107", f"{path} holds no sections.", "write section: {key: value}.")
-    recipe: Plain = {str(k): v for k, v in values.items()}
-    if base := recipe.pop("base", None):
-        recipe = _merge(_read(str(base)), recipe)
-    for name, stage in (recipe.get("stages") or {}).items():
-        if isinstance(stage, dict) and (base := stage.pop("base", None)):
-            below = {k: v for k, v in _read(str(base)).items() if k in STAGE or k in TUNERS}
-            recipe["stages"][name] = _merge(below, stage)
-    return recipe
+    return path.resolve()
 
 
-def _merge(below: Plain, above: Mapping[str, Any]) -> Plain:
-    """Deep merge; a projector of another name drops the options of the one below."""
+def _merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> Plain:
+    """Deep merge; an encoder or projector of another name drops the options of the one below."""
     out = dict(below)
     for key, value in above.items():
         old = out.get(key)
-        other_projector = key == "projector" and isinstance(old, Mapping) and isinstance(value, Mapping) and value.get("name", old.get("name")) != old.get("name")
-        out[key] = _merge(dict(old), value) if isinstance(old, Mapping) and isinstance(value, Mapping) and not other_projector else value
+        both = isinstance(old, Mapping) and isinstance(value, Mapping)
+        out[key] = _merge(_surviving(key, old, value), value) if both else value  # type: ignore[arg-type]
     return out
 
 
-def _override(recipe: Plain, text: str) -> Plain:
+def _surviving(key: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What of a section is still meant once `new` names another part."""
+    if key not in ("vision", "projector") or new.get("name", old.get("name")) == old.get("name"):
+        return old
+    return {} if key == "projector" else {k: v for k, v in old.items() if k not in OF_ENCODER}
+
+
+def _normalised(recipe: Plain) -> Plain:
+    """The recipe with every shorthand section (`lora: {r: 64}`) below `tuners`."""
+    stages = recipe.get("stages")
+    if isinstance(stages, Mapping):
+        return {**recipe, "stages": {k: _without_shorthand(v, f"stages.{k}.") for k, v in stages.items()}}
+    return _without_shorthand(recipe, "")
+
+
+def _without_shorthand(section: Any, prefix: str) -> Any:
+    """A shorthand section means the one tuner of its kind, or a new one named after the kind."""
+    kinds = [k for k in TUNERS if isinstance(section, Mapping) and k in section]
+    if not kinds:
+        return section
+    out = {k: v for k, v in section.items() if k not in kinds}
+    tuners = dict(out.get("tuners") or {})
+    for kind in kinds:
+        named = [name for name in _of_kind(tuners, kind) if name != kind]
+        own = tuners.get(kind) is not None or not named
+        if len(named) > 1 and not own:
+            fix = "write " + " or ".join(f"{prefix}tuners.{name}" for name in named) + "."
+            raise ConfigError("C105", f"'{prefix}{kind}' could be any of {len(named)} tuners.", fix)
+        name = kind if own else named[0]
+        value = section[kind]
+        tuners[name] = {"kind": kind, **(tuners.get(name) or {}), **value} if isinstance(value, Mapping) else value
+    return {**out, "tuners": tuners}
+
+
+def _of_kind(tuners: object, kind: str) -> list[str]:
+    """Names of the tuners of one kind."""
+    found = tuners.items() if isinstance(tuners, Mapping) else ()
+    return [str(name) for name, section in found if isinstance(section, Mapping) and section.get("kind") == kind]
+
+
+def _parse(text: str) -> tuple[str, Any]:
+    """`key=value` as a key and a value. Raises: ConfigError C108."""
     key, equals, value = text.partition("=")
-    if not equals or key.startswith("-") or not key:
+    if not equals or key.startswith("-") or not all(key.split(".")):
         raise ConfigError("C108", f"expected key=value, got '{text}'.", "write for example optim.lr=1e-4.")
-    key = ALIASES.get(key, key)
-    head = key.split(".")[0]
-    staged = "stages" in recipe
-    known = {*COMMON, "stages"} | (set() if staged else {*STAGE, *TUNERS})
-    if staged and head in {*STAGE, *TUNERS}:
-        names = " or ".join(f"stages.{name}.{key}" for name in recipe["stages"])
+    try:
+        parsed = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={value}"]), resolve=True)["value"]  # type: ignore[index, call-overload]
+    except Exception as error:
+        raise ConfigError("C108", f"{text}: {' '.join(str(error).split())}") from error
+    number = isinstance(parsed, int | float) and not isinstance(parsed, bool)
+    if number and str(parsed) != value and not key.startswith("projector."):
+        parsed = value  # a folder called 007 or 2024_01 stays what it is; fields of numbers read 1e-4 as well
+    return ALIASES.get(key, key), parsed
+
+
+def _override(recipe: Plain, key: str, value: Any) -> Plain:
+    head, *rest = key.split(".")
+    stages = recipe.get("stages")
+    known = {*COMMON, "stages"}
+    if not isinstance(stages, Mapping):
+        known |= {*STAGE, *TUNERS}
+    elif head in {*STAGE, *TUNERS}:
+        names = " or ".join(f"stages.{name}.{key}" for name in _stages_with(stages, head, rest))
         raise ConfigError("C105", f"{key} is set per stage in this recipe.", f"write {names}.")
-    if staged and head == "stages" and len(key.split(".")) > 1 and key.split(".")[1] not in recipe["stages"]:
-        raise ConfigError("C101", f"no stage '{key.split('.')[1]}'{nearest(key.split('.')[1], recipe['stages'])}")
+    elif head == "stages" and rest and rest[0] not in stages:
+        raise ConfigError("C101", f"no stage '{rest[0]}'{nearest(rest[0], map(str, stages))}")
     if head not in known:
         raise ConfigError("C101", f"no section '{head}'{nearest(head, known)}")
-    try:
-        change = OmegaConf.to_container(OmegaConf.from_dotlist([f"{key}={value}"]))
-    except Exception as error:
-        raise ConfigError("C108", f"{text}: {_first_line(error)}") from error
-    return _merge(recipe, {str(k): v for k, v in change.items()} if isinstance(change, dict) else {})
+    for part in reversed(rest):
+        value = {part: value}
+    return _normalised(_merge(recipe, {head: value}))
 
 
-def _build(values: Plain) -> Recipe:
-    values = {k: v for k, v in values.items() if v is not None}
-    if "stages" in values:
-        extra = [k for k in values if k in STAGE or k in TUNERS]
-        if extra:
-            raise ConfigError("C105", f"'{extra[0]}' stands outside the stages.", "move it below stages.NAME.")
-        stages = {str(k): _stage(v, f"stages.{k}") for k, v in values.pop("stages").items() if v is not None}
-    else:
-        own = {k: values.pop(k) for k in list(values) if k in STAGE or k in TUNERS}
-        stages = {str(own.get("source", "instruct")): _stage(own, "")}
-    if not stages:
-        raise ConfigError("C106", "the recipe has no stage left.", "keep at least one of its stages.")
-    known = [*COMMON, "stages", *STAGE, *TUNERS]
-    for key in values:
-        if key not in COMMON:
-            raise ConfigError("C101", f"no section '{key}'{nearest(key, known)}")
-    hints = typing.get_type_hints(Recipe)
-    sections: Plain = {"stages": stages}
-    for key, value in values.items():
-        if key == "projector":
-            sections[key] = _projector(value)
-        elif dataclasses.is_dataclass(hints[key]):
-            sections[key] = build(typing.cast(type, hints[key]), value, key)
-        else:
-            sections[key] = tuple(value) if key == "imports" else value
-    for key in ("vision", "language"):
-        if key not in sections:
-            raise ConfigError("C106", f"{key}.name is not set.", f"write {key}=NAME.")
-    return Recipe(**sections)
+def _stages_with(stages: Mapping[str, Any], head: str, rest: Sequence[str]) -> list[str]:
+    """Stages that have what an override without a stage names; all of them if none has."""
+
+    def has(stage: object) -> bool:
+        tuners = stage.get("tuners") if isinstance(stage, Mapping) else None
+        if head in TUNERS:
+            return bool(_of_kind(tuners, head))
+        if head == "tuners" and rest:
+            return isinstance(tuners, Mapping) and rest[0] in tuners
+        return isinstance(stage, Mapping) and head in stage
+
+    return [str(name) for name, stage in stages.items() if has(stage)] or [str(name) for name in stages]
 
 
-def _projector(values: object) -> ProjectorConfig:
-    from vlmpeft.projectors import PROJECTORS
-
-    if not isinstance(values, Mapping):
-        raise ConfigError("C102", f"projector={values!r} is not a section.", "write projector.name=NAME.")
-    name = str(values.get("name", "mlp2x_gelu"))
-    options = {str(k): v for k, v in values.items() if k != "name"}
-    known = PROJECTORS.options(name)
-    for key in options:
-        if key not in known:
-            raise ConfigError("C104", f"projector '{name}' has no option '{key}'{nearest(key, known)}")
-    return ProjectorConfig(name, options)
-
-
-def _stage(values: object, where: str) -> Stage:
-    if not isinstance(values, Mapping):
-        raise ConfigError("C102", f"{where}={values!r} is not a section.")
-    prefix = f"{where}." if where else ""
-    plain = {k: v for k, v in values.items() if k in STAGE and k not in ("tuners", "optim", "batch") and v is not None}
-    for key in values:
-        if key not in STAGE and key not in TUNERS:
-            raise ConfigError("C101", f"{where}: no key '{key}'{nearest(str(key), [*STAGE, *TUNERS])}")
-    tuners: dict[str, Tuner] = {}
-    for name, section in (values.get("tuners") or {}).items():
-        if section is not None:
-            tuners[str(name)] = _tuner(section, f"{prefix}tuners.{name}", None)
-    for kind in TUNERS:
-        if values.get(kind) is not None:
-            tuners[kind] = _tuner(values[kind], f"{prefix}{kind}", kind)
-    stage = build(Stage, plain, where or "stage")
-    return dataclasses.replace(
-        stage,
-        tuners=tuners,
-        optim=build(OptimConfig, values.get("optim") or {}, f"{prefix}optim"),
-        batch=build(BatchConfig, values.get("batch") or {}, f"{prefix}batch"),
-    )
-
-
-def _tuner(section: object, where: str, kind: str | None) -> Tuner:
-    if not isinstance(section, Mapping):
-        raise ConfigError("C102", f"{where}={section!r} is not a section.", f"write {where}.key=value, or {where}=null to switch it off.")
-    options = {k: v for k, v in section.items() if k != "kind"}
-    kind = kind or section.get("kind")
-    if kind is None:
-        raise ConfigError("C106", f"{where}.kind is not set.", f"write {where}.kind=lora or another of: {', '.join(TUNERS)}.")
-    return build(typing.cast(type, TUNERS.get(str(kind))), options, where)
-
-
-def _import(module: str) -> None:
-    try:
-        importlib.import_module(module)
-    except ImportError as error:
-        raise ConfigError("C109", f"imports: cannot import '{module}': {error}.", "put its folder on PYTHONPATH.") from error
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+def _import(modules: object) -> None:
+    """Import modules of the user's own, from the current folder too, as `python -m` finds them."""
+    if modules is None:
+        return
+    if (here := os.getcwd()) not in sys.path and "" not in sys.path:
+        sys.path.append(here)
+    for module in convert(modules, tuple[str, ...], "imports"):
+        try:
+            importlib.import_module(module)
+        except VlmpeftError:
+            raise
+        except Exception as error:  # whatever the module does while it loads
+            message = f"imports: cannot import '{module}': {type(error).__name__}: {error}."
+            raise ConfigError(
+                "C109", message, "name a module (no path, no .py) in this folder or on PYTHONPATH."
+            ) from error

@@ -1,11 +1,13 @@
-"""Conversations -> samples -> batches. Sampling is a pure function of seed and epoch, so a position is a step number."""
+"""Conversations -> samples -> batches: every record checked and encoded before training, images read when needed."""
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import random
-from collections.abc import Callable, Iterator, Sequence
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,9 +21,13 @@ from vlmpeft.batch import IGNORE, IMAGE_TOKEN_ID, Batch, collate
 from vlmpeft.errors import DataError
 from vlmpeft.recipe import DataConfig
 from vlmpeft.records import Conversation, RecordParser, read_records
+from vlmpeft.sampling import epoch_batches, micro_batches
 from vlmpeft.template import Encoding, TurnEncoder
 
-POOL = 16  # batches whose samples are sorted by length together
+__all__ = ["Loaded", "Prepared", "Sample", "Samples", "epoch_batches", "load_batches", "micro_batches", "prepare"]
+__all__ += ["split_held_out", "supervised_share", "truncated"]
+
+FILLER = -1  # index of a sample without loss, for a process whose share of a step is empty
 SHOWN = 20  # bad records on the screen; all of them go to a file
 
 
@@ -30,16 +36,18 @@ class Sample:
     """One training sample: ids, labels and turns (see `Batch`), and its image files in order of appearance."""
 
     uid: str
-    input_ids: tuple[int, ...]
-    labels: tuple[int, ...]
-    turns: tuple[int, ...]
+    input_ids: Sequence[int]
+    labels: Sequence[int]
+    turns: Sequence[int]
     images: tuple[Path, ...]
 
 
-def truncated(encoding: Encoding, images: Sequence[Path], max_length: int, image_tokens: int, policy: str) -> tuple[Encoding, tuple[Path, ...]]:
+def truncated(
+    encoding: Encoding, images: Sequence[Path], max_length: int, image_tokens: int, policy: str
+) -> tuple[Encoding, tuple[Path, ...]]:
     """Bring a conversation to at most `max_length` tokens without cutting an image or losing every answer token.
 
-    Raises: DataError D109 if the policy is "error" or nothing supervised would be left.
+    Raises: DataError D109 if the policy is not "right" or nothing supervised would be left.
     """
     length = len(encoding.input_ids)
     if length <= max_length:
@@ -47,7 +55,8 @@ def truncated(encoding: Encoding, images: Sequence[Path], max_length: int, image
     end = max_length - encoding.input_ids[:max_length].count(IMAGE_TOKEN_ID) % image_tokens  # back to the image's start
     cut = Encoding(encoding.input_ids[:end], encoding.labels[:end], encoding.turns[:end])
     if policy != "right" or cut.num_supervised == 0:
-        raise DataError("D109", f"needs {length} tokens, data.max_length is {max_length}, images take {image_tokens * len(images)}.", "raise data.max_length, or set data.truncate=skip.")
+        needs = f"needs {length} tokens, data.max_length is {max_length}, images take {image_tokens * len(images)}."
+        raise DataError("D109", needs, "raise data.max_length, or set data.truncate=skip.")
     return cut, tuple(images[: cut.input_ids.count(IMAGE_TOKEN_ID) // image_tokens])
 
 
@@ -65,92 +74,91 @@ class Prepared:
         return len(self.samples) + len(self.skipped)
 
 
-def prepare(path: Path, config: DataConfig, encoder: TurnEncoder, independent: bool, report: Path | None = None) -> Prepared:
+def prepare(
+    path: Path, config: DataConfig, encoder: TurnEncoder, independent: bool, report: Path | None = None
+) -> Prepared:
     """Check and encode every record of a file before anything trains on it.
 
     Args:
         independent: encode turns as independent (see `TurnEncoder.encode`).
-        report: where the list of bad records goes.
+        report: where the list of bad and of too long records goes, one JSON object a line.
 
-    Raises: DataError: D100 if records are bad and the policy is "error", or too many of them.
+    Raises: DataError: D100 if records are bad and the policy is "error", or too many of them; D112 if none is left.
     """
-    parse = RecordParser(path, Path(config.images) if config.images else None, config.auto_image_token, config.verify_images)
+    folder = Path(config.images) if config.images else None
+    parse = RecordParser(path, folder, config.auto_image_token, config.verify_images)
     samples: list[Sample] = []
-    bad: list[DataError] = []
-    too_long: list[DataError] = []
+    left_out: dict[int, DataError] = {}
     for index, record in enumerate(tqdm(read_records(path), desc=f"check {path.name}", unit="record", leave=False)):
         try:
             samples.append(_sample(parse(index, record), config, encoder, independent))
         except DataError as error:
-            (too_long if error.code == "D109" and config.truncate == "skip" else bad).append(error)
-    if report and (bad or too_long):
-        fs.write_text(report, "".join(json.dumps({"code": e.code, "message": e.message, "fix": e.fix}) + "\n" for e in bad + too_long))
-    if bad and (config.on_bad_sample == "error" or len(bad) > config.max_bad_fraction * (len(samples) + len(bad) + len(too_long))):
-        raise _refusal(path, bad, len(samples) + len(bad) + len(too_long), config, report)
+            left_out[index] = error
+    if report and left_out:
+        rows = [{"record": i, "code": e.code, "message": e.message, "fix": e.fix} for i, e in left_out.items()]
+        fs.write_text(report, "".join(json.dumps(row) + "\n" for row in rows))
+    bad = [e for e in left_out.values() if not (e.code == "D109" and config.truncate == "skip")]
+    records = len(samples) + len(left_out)
+    if bad and (config.on_bad_sample == "error" or len(bad) > config.max_bad_fraction * records):
+        raise _refusal(path, bad, records, config, report)
     if not samples:
-        raise DataError("D112", f"{path}: no record is left to train on ({len(too_long)} are longer than data.max_length).", "raise data.max_length.")
-    digest = hashlib.sha256("\n".join(f"{s.uid} {s.input_ids} {s.labels}" for s in samples).encode())
-    return Prepared(samples, bad + too_long, digest.hexdigest()[:16])
+        why = f"{len(bad)} of {records} are bad, {len(left_out) - len(bad)} longer than data.max_length"
+        raise DataError(
+            "D112", f"{path}: no record is left to train on ({why}).", "mend them or raise data.max_length."
+        )
+    return Prepared(samples, list(left_out.values()), _fingerprint(samples, left_out))
+
+
+def _fingerprint(samples: Sequence[Sample], left_out: Iterable[int]) -> str:
+    digest = hashlib.sha256(str(sorted(left_out)).encode())
+    for sample in samples:
+        names = [path.name for path in sample.images]
+        digest.update(repr((sample.uid, names, len(sample.input_ids))).encode())
+        digest.update(array("i", sample.input_ids).tobytes() + array("i", sample.labels).tobytes())
+    return digest.hexdigest()[:16]
 
 
 def _refusal(path: Path, bad: list[DataError], records: int, config: DataConfig, report: Path | None) -> DataError:
     if len(bad) == 1 and config.on_bad_sample == "error":
         return bad[0]
+    too_many, fix = "", "mend them or set data.on_bad_sample=skip."
+    if config.on_bad_sample == "skip":
+        too_many = f", more than data.max_bad_fraction={config.max_bad_fraction}"
+        fix = "mend them or raise data.max_bad_fraction."
     listed = " | ".join(e.line() for e in bad[:SHOWN])
     where = f" All are listed in {report}." if report else ""
-    if config.on_bad_sample == "skip":
-        return DataError("D100", f"{path}: {len(bad)} of {records} records are bad, more than data.max_bad_fraction={config.max_bad_fraction}: {listed}{where}", "mend them or raise data.max_bad_fraction.")
-    return DataError("D100", f"{path}: {len(bad)} of {records} records are bad: {listed}{where}", "mend them or set data.on_bad_sample=skip.")
+    return DataError("D100", f"{path}: {len(bad)} of {records} records are bad{too_many}: {listed}{where}", fix)
 
 
 def _sample(conversation: Conversation, config: DataConfig, encoder: TurnEncoder, independent: bool) -> Sample:
     try:
         encoding = encoder.encode(conversation.exchanges, independent)
-        encoding, images = truncated(encoding, conversation.images, config.max_length, encoder.image_tokens, config.truncate)
+        encoding, images = truncated(
+            encoding, conversation.images, config.max_length, encoder.image_tokens, config.truncate
+        )
         if encoding.num_supervised == 0:
-            raise DataError("D110", "no token carries a loss: the template supervises nothing here.", "check the answers and the template.")
+            message = "no token carries a loss: the template supervises nothing here."
+            raise DataError("D110", message, "check the answers and the template.")
         placeholders = encoding.input_ids.count(IMAGE_TOKEN_ID)
         if placeholders != encoder.image_tokens * len(images):
-            raise DataError("D107", f"{len(images)} images but room for {placeholders} image tokens.", "template=plain takes the images of the first question only.")
+            message = f"{len(images)} images but room for {placeholders} image tokens."
+            raise DataError("D107", message, "choose a template that shows every image.")
     except DataError as error:
         raise DataError(error.code, f"{conversation.where}: {error.message}", error.fix) from error
-    return Sample(conversation.uid, tuple(encoding.input_ids), tuple(encoding.labels), tuple(encoding.turns), images)
+    ids, labels, turns = (array("i", row) for row in (encoding.input_ids, encoding.labels, encoding.turns))
+    return Sample(conversation.uid, ids, labels, turns, images)
 
 
-def epoch_batches(samples: Sequence[Sample], size: int, group: str, seed: int, epoch: int) -> list[list[int]]:
-    """Indices of each optimizer step of an epoch: a permutation of all samples, a pure function of its arguments.
+@dataclass(frozen=True)
+class Fault:
+    """A DataError as a value: worker processes cannot hand over the error itself."""
 
-    Args:
-        size: samples a step sees over all processes.
-        group: "none"; "length" puts samples of like length (image tokens counted) together; "modality" does so within
-            image and text-only samples, and only the last batch of an epoch mixes both.
-    """
-    rng = random.Random(f"{seed}/{epoch}")
-    order = list(range(len(samples)))
-    rng.shuffle(order)
-    if group == "none":
-        return [order[i : i + size] for i in range(0, len(order), size)]
-    kinds = [order] if group == "length" else [[i for i in order if samples[i].images], [i for i in order if not samples[i].images]]
-    batches: list[list[int]] = []
-    tail: list[int] = []
-    for kind in kinds:
-        whole = len(kind) - len(kind) % size
-        tail += kind[whole:]
-        for start in range(0, whole, size * POOL):
-            pool = sorted(kind[start : min(start + size * POOL, whole)], key=lambda i: -len(samples[i].input_ids))
-            batches += [pool[i : i + size] for i in range(0, len(pool), size)]
-    rng.shuffle(batches)
-    return batches + [tail[i : i + size] for i in range(0, len(tail), size)]
+    code: str
+    message: str
+    fix: str
 
 
-def micro_batches(step: Sequence[int], micro: int, rank: int = 0, world: int = 1) -> list[list[int]]:
-    """A process's share of a step, in forwards of at most `micro` samples. Every process gets as many forwards."""
-    forwards = max(1, -(-len(step) // (micro * world)))
-    share = list(step[rank::world])
-    return [share[i::forwards] for i in range(forwards)] if forwards > 1 else [share]
-
-
-class Samples(Dataset[tuple[Sample, list[Tensor]] | DataError]):
+class Samples(Dataset[tuple[Sample, list[Tensor]] | Fault]):
     """Samples with their images, read lazily. Args: load: file -> (3, h, w) pixels or (n, d) features."""
 
     def __init__(self, samples: Sequence[Sample], load: Callable[[Path], Tensor]) -> None:
@@ -159,39 +167,55 @@ class Samples(Dataset[tuple[Sample, list[Tensor]] | DataError]):
     def __len__(self) -> int:
         return len(self.samples)
 
-    def __getitem__(self, index: int) -> tuple[Sample, list[Tensor]] | DataError:
-        sample = self.samples[index]
+    def __getitem__(self, index: int) -> tuple[Sample, list[Tensor]] | Fault:
+        sample = self._filler() if index == FILLER else self.samples[index]
         try:
             return sample, [self.load(path) for path in sample.images]
-        except DataError as error:  # handed over as a value: worker processes lose the type of what they raise
-            return DataError(error.code, f'sample "{sample.uid}": {error.message}', error.fix)
+        except DataError as error:
+            return Fault(error.code, f'sample "{sample.uid}": {error.message}', error.fix)
+
+    def _filler(self) -> Sample:
+        """A sample without loss, with an image if any has one: the graph is that of the other processes."""
+        sample = next((s for s in self.samples if s.images), self.samples[0])
+        return dataclasses.replace(sample, uid="", labels=[IGNORE] * len(sample.labels))
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """A batch and the ids of its samples."""
+    """A batch and the ids of its samples, none for a batch without loss that keeps a process in step."""
 
     batch: Batch
     uids: tuple[str, ...]
 
+    def pin_memory(self) -> Loaded:
+        """Called by the DataLoader's pinning thread."""
+        return Loaded(self.batch.pin_memory(), self.uids)
 
-def _collate(items: Sequence[tuple[Sample, list[Tensor]] | DataError]) -> Loaded | DataError:
+
+def _collate(items: Sequence[tuple[Sample, list[Tensor]] | Fault]) -> Loaded | Fault:
     for item in items:
-        if isinstance(item, DataError):
+        if isinstance(item, Fault):
             return item
-    pairs = [item for item in items if not isinstance(item, DataError)]
+    pairs = [item for item in items if not isinstance(item, Fault)]
     images = [image for _, images in pairs for image in images]
-    return Loaded(collate([sample for sample, _ in pairs], images), tuple(sample.uid for sample, _ in pairs))
+    return Loaded(collate([sample for sample, _ in pairs], images), tuple(s.uid for s, _ in pairs if s.uid))
 
 
-def load_batches(dataset: Samples, indices: Sequence[Sequence[int]], workers: int, pin: bool = False) -> Iterator[Loaded]:
-    """Batches for the given index lists, in order. Raises: DataError for a file that went bad since preflight."""
+def load_batches(
+    dataset: Samples, indices: Sequence[Sequence[int]], workers: int, pin: bool = False
+) -> Iterator[Loaded]:
+    """Batches for the given index lists, in order; an empty list gives a batch without loss.
+
+    Raises: DataError for a file that went bad since preflight.
+    """
+    chosen = [list(batch) or [FILLER] for batch in indices]
+    generator = torch.Generator()  # the loader would draw from the global one
     loader: DataLoader = DataLoader(
-        dataset, batch_sampler=list(map(list, indices)), num_workers=workers, collate_fn=_collate, pin_memory=pin, generator=torch.Generator()
+        dataset, batch_sampler=chosen, num_workers=workers, collate_fn=_collate, pin_memory=pin, generator=generator
     )
     for item in loader:
-        if isinstance(item, DataError):
-            raise item
+        if isinstance(item, Fault):
+            raise DataError(item.code, item.message, item.fix)
         yield item
 
 
@@ -208,4 +232,4 @@ def split_held_out(samples: Sequence[Sample], share: float, seed: int) -> tuple[
 
 def supervised_share(samples: Sequence[Sample]) -> tuple[int, int]:
     """(supervised tokens, all tokens) of samples."""
-    return sum(sum(label != IGNORE for label in s.labels) for s in samples), sum(len(s.labels) for s in samples)
+    return sum(len(s.labels) - s.labels.count(IGNORE) for s in samples), sum(len(s.labels) for s in samples)

@@ -1,4 +1,4 @@
-"""Questions to answers: batched greedy generation with left padding and a KV cache. Letters: b batch, s sequence, v vocabulary."""
+"""Questions to answers: batched greedy generation with left padding and a KV cache. Letters: b rows, v vocabulary."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from vlmpeft.batch import IMAGE_TOKEN_ID, collate
 from vlmpeft.errors import DataError, ModelError
 from vlmpeft.images import ImageTransform, open_image, to_rgb
-from vlmpeft.routing import routing_of
+from vlmpeft.prefix import can_share, generate_shared, shared_length
 from vlmpeft.template import IMAGE, Encoding, Exchange, ImageSlot, TurnEncoder, parse_question
 from vlmpeft.vlm import VLM
 
@@ -29,7 +29,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Answer:
-    """text: stripped. margin: logit of the first contrast word minus that of the second, at the first answer position."""
+    """text: stripped. margin: logit of the first contrast word minus the second's, at the first answer position."""
 
     text: str
     margin: float | None = None
@@ -43,9 +43,10 @@ def exchange_of(request: Request) -> Exchange:
     question = parse_question(request.prompt)
     marks = sum(isinstance(c, ImageSlot) for c in question)
     if marks == 0 and request.images:
-        question = (*(IMAGE for _ in request.images), "\n" + request.prompt)
+        question = (*(IMAGE for _ in request.images), "\n" + "".join(c for c in question if isinstance(c, str)).strip())
     elif marks != len(request.images):
-        raise DataError("D107", f"{len(request.images)} images but {marks} <image> in the prompt.", "write one <image> for each image, or none.")
+        counts = f"{len(request.images)} images but {marks} <image> in the prompt."
+        raise DataError("D107", counts, "write one <image> for each image, or none.")
     return Exchange(question)
 
 
@@ -60,7 +61,7 @@ def answer(
     contrast: tuple[str, str] | None = None,
     on_batch: OnBatch | None = None,
 ) -> list[Answer]:
-    """Answer requests greedily, longest prompts first, in batches.
+    """Answer requests greedily, longest prompts first, in batches; questions about the same images go together.
 
     Args:
         contrast: two words whose first tokens give `Answer.margin`.
@@ -68,58 +69,107 @@ def answer(
 
     Returns: answers in the order of `requests`; the same texts as one by one.
     """
-    encodings = [encoder.encode([exchange_of(r)]) for r in requests]
-    order = sorted(range(len(requests)), key=lambda i: -len(encodings[i].input_ids))
+    asked = [_Asked(r, encoder.encode([exchange_of(r)])) for r in requests]
+    words = None if contrast is None else tuple(_first_token(encoder.tokenizer, word) for word in contrast)
+    stops = _stops(encoder)
     answers: dict[int, Answer] = {}
     model.eval()
-    for start in range(0, len(order), batch_size):
-        chosen = order[start : start + batch_size]
-        images = [transform(_pil(image)) for i in chosen for image in requests[i].images]
-        found = _generate(model, encoder.tokenizer, [encodings[i] for i in chosen], images, max_new_tokens, contrast, _stops(encoder))
+    for chosen in _batches(asked, batch_size):
+        rows = [asked[i] for i in chosen]
+        tokens, logits = _generate(model, transform, rows, max_new_tokens, stops)
+        margins = [None] * len(rows) if words is None else (logits[:, words[0]] - logits[:, words[1]]).tolist()
+        texts = [_text(encoder.tokenizer, row, stops) for row in tokens.tolist()]
+        found = [Answer(text, margin) for text, margin in zip(texts, margins, strict=True)]
         answers |= dict(zip(chosen, found, strict=True))
         if on_batch:
             on_batch(list(zip(chosen, found, strict=True)))
     return [answers[i] for i in range(len(requests))]
 
 
-def _pil(image: Path | Image.Image) -> Image.Image:
-    return to_rgb(image, Path("image")) if isinstance(image, Image.Image) else open_image(Path(image))
+class _Asked:
+    """A request, its encoding, and the key that requests with the same images and beginning have in common."""
+
+    def __init__(self, request: Request, encoding: Encoding) -> None:
+        self.request, self.encoding = request, encoding
+        images = tuple(str(image) if isinstance(image, str | Path) else id(image) for image in request.images)
+        self.shared = shared_length(encoding)
+        self.key = (images, tuple(encoding.input_ids[: self.shared]))
+
+    @property
+    def length(self) -> int:
+        return len(self.encoding.input_ids)
+
+
+def _batches(asked: Sequence[_Asked], batch_size: int) -> list[list[int]]:
+    """Indices in batches: groups of one key by their longest prompt, then the longest prompts first."""
+    longest: dict[Any, int] = {}
+    for item in asked:
+        longest[item.key] = max(longest.get(item.key, 0), item.length)
+    rank = {key: i for i, key in enumerate(longest)}
+    order = sorted(range(len(asked)), key=lambda i: (-longest[asked[i].key], rank[asked[i].key], -asked[i].length))
+    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
 
 
 def _stops(encoder: TurnEncoder) -> list[int]:
-    """Tokens that end an answer: the tokenizer's eos and the first token of the template's end."""
+    """Tokens that end an answer: the tokenizer's eos and the last token of the template's end."""
     ends = [s for s in encoder.template.segments([Exchange(("q",), "a")], None) if s.kind == "end"]
-    return sorted({encoder.tokenizer.eos_token_id, *(encoder.segment_ids(s)[0] for s in ends)})
+    return sorted({encoder.tokenizer.eos_token_id, *(encoder.segment_ids(s)[-1] for s in ends)})
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference_mode: what a model caches of it could not be used in training again
 def _generate(
-    model: VLM, tokenizer: Any, encodings: list[Encoding], images: list[Tensor], max_new_tokens: int, contrast: tuple[str, str] | None, stops: list[int]
-) -> list[Answer]:
-    device = model.language.get_input_embeddings().weight.device
-    batch = collate(encodings, images, side="left").to(device)
-    routing = routing_of(batch.input_ids, batch.attention_mask, None, IMAGE_TOKEN_ID)
-    out = model.language.generate(
-        inputs_embeds=model.embed(batch.input_ids, routing.visual, batch.pixel_values),
-        attention_mask=batch.attention_mask.long(),
+    model: VLM, transform: ImageTransform, rows: Sequence[_Asked], max_new_tokens: int, stops: list[int]
+) -> tuple[Tensor, Tensor]:
+    """Continue rows greedily. Returns: new tokens (b, new), logits (b, v) of the first of them in fp32."""
+    encodings, keys = [row.encoding for row in rows], [row.key for row in rows]
+    first_of = {row.key: row.request for row in reversed(rows)}
+    longest = max(row.length for row in rows) + max_new_tokens
+    worth = (
+        len(first_of) < len(rows) and any(row.shared for row in rows) and all(row.shared < row.length for row in rows)
+    )
+    if worth and can_share(model.language, longest):
+        images = [transform(_pil(image)) for key in dict.fromkeys(keys) for image in first_of[key].images]
+        tokens, logits = generate_shared(model, encodings, keys, images, max_new_tokens, stops)
+        return tokens, logits.float()
+    pixels = {key: [transform(_pil(image)) for image in request.images] for key, request in first_of.items()}
+    return _generate_each(model, encodings, [image for key in keys for image in pixels[key]], max_new_tokens, stops)
+
+
+def _generate_each(
+    model: VLM, encodings: Sequence[Encoding], images: Sequence[Tensor], max_new_tokens: int, stops: list[int]
+) -> tuple[Tensor, Tensor]:
+    """As `_generate`, through the language model's own `generate`, which every architecture has."""
+    from transformers import GenerationConfig
+
+    batch = collate(encodings, images, side="left").to(model.language.get_input_embeddings().weight.device)
+    plain = GenerationConfig(
         max_new_tokens=max_new_tokens,
         do_sample=False,
-        num_beams=1,
-        temperature=None,
-        top_p=None,
-        top_k=None,
         eos_token_id=stops,
         pad_token_id=stops[0],
         return_dict_in_generate=True,
-        output_logits=contrast is not None,
+        output_logits=True,
     )
-    texts = tokenizer.batch_decode(out.sequences, skip_special_tokens=True)  # only the new tokens: the prompt came as embeddings
-    margins: list[float | None] = [None] * len(texts)
-    if contrast is not None:
-        first, second = (_first_token(tokenizer, word) for word in contrast)
-        logits = out.logits[0].float()  # (b, v), at the first answer position
-        margins = list((logits[:, first] - logits[:, second]).tolist())
-    return [Answer(text.strip(), margin) for text, margin in zip(texts, margins, strict=True)]
+    embeddings = model.embed(batch.input_ids, batch.input_ids == IMAGE_TOKEN_ID, batch.pixel_values)
+    own, model.language.generation_config = model.language.generation_config, GenerationConfig()
+    try:  # `generate` fills in what we leave open from the model's own file: sampling, penalties, beams
+        out = model.language.generate(
+            inputs_embeds=embeddings, attention_mask=batch.attention_mask.long(), generation_config=plain
+        )
+    finally:
+        model.language.generation_config = own
+    return out.sequences, out.logits[0].float()  # only the new tokens: the prompt came as embeddings
+
+
+def _text(tokenizer: Any, tokens: Sequence[int], stops: Sequence[int]) -> str:
+    """Tokens up to the first stop, as stripped text."""
+    end = next((i for i, token in enumerate(tokens) if token in stops), len(tokens))
+    text: str = tokenizer.decode(tokens[:end], skip_special_tokens=True)
+    return text.strip()
+
+
+def _pil(image: Path | Image.Image) -> Image.Image:
+    return to_rgb(image, Path("image")) if isinstance(image, Image.Image) else open_image(Path(image))
 
 
 def _first_token(tokenizer: Any, word: str) -> int:

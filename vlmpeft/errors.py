@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import os
+import select
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 PREEMPTED = 143  # exit status after SIGTERM with a checkpoint saved (128 + 15)
+INTERRUPTED = 130  # after Ctrl-C (128 + 2)
+CLOSED_PIPE = 141  # whoever read our output stopped reading (128 + 13)
 INTERNAL = 70  # exit status of a fault of ours (EX_SOFTWARE of sysexits.h)
+
+
+def printable(text: str) -> str:
+    """Text as one line: control characters, line breaks and invisible marks are escaped."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in text)
 
 
 class VlmpeftError(Exception):
@@ -30,8 +39,7 @@ class VlmpeftError(Exception):
 
     def line(self) -> str:
         """The error as one printable line; control characters in names are escaped."""
-        text = f"[{self.code}] {self.message}" + (f" Fix: {self.fix}" if self.fix else "")
-        return "".join(c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in text)
+        return printable(f"[{self.code}] {self.message}" + (f" Fix: {self.fix}" if self.fix else ""))
 
 
 class ConfigError(VlmpeftError):
@@ -79,9 +87,14 @@ class EvalError(VlmpeftError):
 def nearest(name: str, known: Iterable[str]) -> str:
     """` did you mean 'x'? (known: ...)`, the tail of every unknown-name message."""
     names = sorted(known)
-    close = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.6) or [n for n in names if _one_letter_off(name, n)]
     hint = f"; did you mean '{close[0]}'?" if close else ";"
     return f"{hint} (known: {', '.join(names) or 'none'})"
+
+
+def _one_letter_off(name: str, other: str) -> bool:
+    """Whether two names differ in one letter: for names too short for a likeness."""
+    return len(name) == len(other) and sum(a != b for a, b in zip(name, other, strict=True)) == 1
 
 
 def run_command(command: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None = None) -> int:
@@ -92,26 +105,45 @@ def run_command(command: Callable[[Sequence[str]], int | None], argv: Sequence[s
         argv: arguments without the program name; `sys.argv[1:]` if None. `--debug` prints tracebacks.
 
     Returns:
-        the exit status: 0, the error's own, 70 for a fault of ours, 130 after Ctrl-C.
+        the exit status: 0, the error's own, 70 for a fault of ours, 130 after Ctrl-C, 141 if stdout was closed.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
-    debug = "--debug" in arguments
     try:
-        return command([a for a in arguments if a != "--debug"]) or 0
-    except VlmpeftError as error:
-        print(f"vlmpeft: error{error.line()}", file=sys.stderr)
-        status = error.exit_status
-    except KeyboardInterrupt:
-        print("vlmpeft: interrupted", file=sys.stderr)
-        status = 130
-    except BrokenPipeError:
-        sys.stderr.close()
-        return 0
-    except Exception as error:  # a fault of ours: still one line, the traceback goes to a file
-        log = Path(os.environ.get("VLMPEFT_ERROR_LOG", "vlmpeft-error.log")).absolute()
-        log.write_text(traceback.format_exc())
-        print(f"vlmpeft: internal error: {type(error).__name__}: {error} (traceback in {log})", file=sys.stderr)
-        status = INTERNAL
-    if debug:
-        traceback.print_exc()
-    return status
+        status = command([a for a in arguments if a != "--debug"]) or 0
+        sys.stdout.flush()
+        return status
+    except (Exception, KeyboardInterrupt) as error:
+        if isinstance(error, BrokenPipeError) and _reader_gone():
+            return CLOSED_PIPE
+        if "--debug" in arguments:
+            traceback.print_exc()
+        line, status = _report(error)
+        print(f"vlmpeft: {line}", file=sys.stderr)
+        return status
+
+
+def _reader_gone() -> bool:
+    """Whether nobody reads stdout any more; what is left in its buffer then goes nowhere."""
+    with contextlib.suppress(OSError, ValueError):
+        stdout = sys.stdout.fileno()
+        poll = select.poll()
+        poll.register(stdout, 0)
+        if any(event & select.POLLERR for _, event in poll.poll(0)):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stdout)  # or the interpreter's last flush fails too
+            return True
+    return False
+
+
+def _report(error: BaseException) -> tuple[str, int]:
+    """What the user reads of an error, and the exit status."""
+    if isinstance(error, VlmpeftError):
+        return f"error{error.line()}", error.exit_status
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted", INTERRUPTED
+    log = Path(os.environ.get("VLMPEFT_ERROR_LOG", "vlmpeft-error.log")).absolute()
+    try:
+        log.write_text("".join(traceback.format_exception(error)), encoding="utf-8", errors="backslashreplace")
+        where = f"traceback in {log}"
+    except OSError:
+        where = "run again with --debug for the traceback"
+    return printable(f"internal error: {type(error).__name__}: {error} ({where})"), INTERNAL

@@ -41,7 +41,10 @@ class Benchmark:
 
 
 def benchmarks(config: EvalConfig, image_folder: str | None) -> list[Benchmark]:
-    """Read and check the question files before a model loads. Raises: ConfigError C106, EvalError V602, DataError D103."""
+    """Read and check the question files before a model loads.
+
+    Raises: ConfigError C106, EvalError V602, DataError D103.
+    """
     found = []
     folder = config.images or image_folder
     for name in (config.questions or "").split(","):
@@ -61,7 +64,10 @@ def evaluate(bundle: Bundle, config: EvalConfig, chosen: Sequence[Benchmark], ru
     for benchmark in chosen:
         answers, scores = benchmark.ask(bundle, config, blank=moment == "blank")
         metrics.append(scores)
-        fs.write_text(run_dir / "answers" / f"{benchmark.name}-{moment}.jsonl", "".join(json.dumps(a, ensure_ascii=False) + "\n" for a in answers))
+        fs.write_text(
+            run_dir / "answers" / f"{benchmark.name}-{moment}.jsonl",
+            "".join(json.dumps(a, ensure_ascii=False) + "\n" for a in answers),
+        )
     fs.write_json(run_dir / EVALUATION, {**read(run_dir), moment: metrics})
 
 
@@ -78,13 +84,19 @@ def write_samples(chosen: Sequence[Benchmark], run_dir: Path, count: int = 240) 
         before, after = (_answers(run_dir, benchmark.name, moment) for moment in ("before", "after"))
         step = max(1, len(benchmark.questions) * len(chosen) // count)
         for i in range(0, len(benchmark.questions), step):
-            rows.append(_sample(benchmark, i, before[i] if i < len(before) else {}, after[i]))
+            key = _key(benchmark.questions[i])
+            rows.append(_sample(benchmark, i, before.get(key, {}), after[key]))
     fs.write_text(run_dir / SAMPLES, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows))
 
 
-def _answers(run_dir: Path, name: str, moment: str) -> Rows:
+def _answers(run_dir: Path, name: str, moment: str) -> dict[tuple[str, str], dict[str, Any]]:
+    """Answers by question: an interrupted run may have asked others before."""
     path = run_dir / "answers" / f"{name}-{moment}.jsonl"
-    return read_rows(path) if path.is_file() else []
+    return {_key(row): row for row in read_rows(path)} if path.is_file() else {}
+
+
+def _key(row: Mapping[str, Any]) -> tuple[str, str]:
+    return str(row.get("setting", "")), str(row["question_id"])
 
 
 def _sample(benchmark: Benchmark, index: int, before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any]:
@@ -94,6 +106,11 @@ def _sample(benchmark: Benchmark, index: int, before: Mapping[str, Any], after: 
     else:
         correct = pope.parse_answer(after["text"]) == question["label"]
     return {
-        "image": str(benchmark.images[index]), "question": question["text"], "label": question["label"], "before": before.get("text"),
-        "after": after["text"], "category": question.get("category", "yes/no"), "correct": correct,
-    }  # fmt: skip
+        "image": str(benchmark.images[index]),
+        "question": question["text"],
+        "label": question["label"],
+        "before": before.get("text"),
+        "after": after["text"],
+        "category": question.get("category", "yes/no"),
+        "correct": correct,
+    }

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -11,9 +13,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from vlmpeft import fs
+from vlmpeft.encoder import Encoder
 from vlmpeft.images import ImageTransform, open_image
 from vlmpeft.language import fingerprint
-from vlmpeft.vision import Encoder
+
+LAYOUT = 1  # of the cache file; a change makes old files unknown
 
 
 class FeatureCache:
@@ -29,25 +33,66 @@ class FeatureCache:
         return self.values[self.rows[path]]
 
 
-def cache_features(encoder: Encoder, transform: ImageTransform, paths: Sequence[Path], batch_size: int = 32) -> FeatureCache:
+def cache_features(
+    encoder: Encoder, transform: ImageTransform, paths: Sequence[Path], batch_size: int = 32
+) -> FeatureCache:
     """Encode every image once, or find that it has been done.
 
     The key covers the encoder's weights, layer and dtype, the transform, and each file's path, size and time of change.
+    One process builds, others that want the same file wait for it.
+
+    Raises: DataError: as `open_image`.
     """
     unique = sorted(set(paths))
-    parameter = next(encoder.parameters())
-    digest = hashlib.sha256(f"{fingerprint(encoder)} {getattr(encoder, 'layer', '')} {transform} {parameter.dtype}".encode())
-    for path in unique:
-        stat = path.stat()
-        digest.update(f"{path} {stat.st_size} {stat.st_mtime_ns}".encode())
-    file = fs.cache_dir() / f"features-{digest.hexdigest()[:16]}.bin"
+    dtype = next(encoder.parameters()).dtype
     shape = (encoder.num_tokens, encoder.width)
-    if not file.is_file():
-        size = len(unique) * shape[0] * shape[1] * parameter.element_size()
-        with fs.writing(file) as temporary, temporary.open("wb") as out:
-            bar = tqdm(range(0, len(unique), batch_size), desc=f"encode {len(unique)} images ({size / 2**20:.0f} MiB)", unit="batch")
-            for start in bar:
-                pixels = torch.stack([transform(open_image(p)) for p in unique[start : start + batch_size]])
-                features = encoder(pixels.to(parameter.device)).to("cpu").contiguous()
-                out.write(features.view(torch.uint8).numpy().tobytes())
-    return FeatureCache(file, {p: i for i, p in enumerate(unique)}, shape, parameter.dtype)
+    size = len(unique) * shape[0] * shape[1] * dtype.itemsize
+    file = fs.cache_dir() / f"features-{_key(encoder, transform, unique)}.bin"
+    if not _whole(file, size):
+        with _building(file):
+            if not _whole(file, size):
+                _write(file, encoder, transform, unique, batch_size, size)
+    return FeatureCache(file, {p: i for i, p in enumerate(unique)}, shape, dtype)
+
+
+def _key(encoder: Encoder, transform: ImageTransform, paths: Sequence[Path]) -> str:
+    parameter = next(encoder.parameters())
+    layer = getattr(encoder, "layer", "")  # not every encoder selects one
+    digest = hashlib.sha256(f"{LAYOUT} {fingerprint(encoder)} {layer} {transform} {parameter.dtype}".encode())
+    for path in paths:
+        stat = path.stat()
+        digest.update(f"{path} {stat.st_size} {stat.st_mtime_ns}".encode("utf-8", "surrogateescape"))
+    return digest.hexdigest()[:16]
+
+
+def _whole(file: Path, size: int) -> bool:
+    """Whether the file is there in full: files are renamed when complete, but a copy or a disk may have lost bytes."""
+    return file.is_file() and file.stat().st_size == size
+
+
+def _write(
+    file: Path, encoder: Encoder, transform: ImageTransform, paths: Sequence[Path], batch_size: int, size: int
+) -> None:
+    device = next(encoder.parameters()).device
+    with fs.writing(file) as temporary, temporary.open("wb") as out:
+        starts = range(0, len(paths), batch_size)
+        for start in tqdm(starts, desc=f"encode {len(paths)} images ({size / 2**20:.0f} MiB)", unit="batch"):
+            pixels = torch.stack([transform(open_image(p)) for p in paths[start : start + batch_size]])
+            with torch.no_grad():
+                features = encoder(pixels.to(device)).to("cpu").contiguous()
+            out.write(features.view(torch.uint8).numpy().tobytes())
+
+
+@contextlib.contextmanager
+def _building(file: Path) -> Iterator[None]:
+    """Hold the right to build `file`, which ends with the process. What a killed builder left is removed."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.with_suffix(".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        except OSError:  # a file system without locks: everyone builds by themselves, the last rename stays
+            yield
+            return
+        for left in file.parent.glob(f"{fs.TEMPORARY}{file.name}-*"):
+            left.unlink(missing_ok=True)
+        yield

@@ -4,22 +4,29 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import hashlib
 import json
 import os
+import re
 import secrets
 import shutil
+import socket
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vlmpeft.errors import CheckpointError
+from vlmpeft.errors import CheckpointError, VlmpeftError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-TEMPORARY = ".tmp-"  # prefix of what is being written; swept at the next start
-TRASH = ".trash-"
+TEMPORARY = ".tmp-"  # prefix of what is being written
+# Names of what is not (or no longer) whole: being written, given up, and replaced by a newer one of the same name.
+LEFTOVER = re.compile(r"\.(?P<kind>tmp|trash|old)-(?P<name>.+)-[0-9a-f]{8}")
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS)
+OS_CODE = re.compile(r"(?:os error|code:) (\d+)")  # how libraries written in Rust spell errno
 
 
 def cache_dir() -> Path:
@@ -49,6 +56,11 @@ def replace(source: Path, target: Path) -> None:
     fsync(target.parent)
 
 
+def _beside(path: Path, kind: str) -> Path:
+    """A free name next to `path` that `sweep` knows."""
+    return path.parent / f".{kind}-{path.name}-{secrets.token_hex(4)}"
+
+
 def _readable(path: Path) -> None:
     """Give a file the mode the umask asks for: safetensors writes 0600 whatever it is (safetensors#782)."""
     umask = os.umask(0)
@@ -57,29 +69,47 @@ def _readable(path: Path) -> None:
 
 
 @contextlib.contextmanager
+def explained(path: Path) -> Iterator[None]:
+    """Turn what the system says about writing `path` into one line.
+
+    Raises: CheckpointError K201 when the disk is full, K206 when the place is read-only.
+    """
+    try:
+        yield
+    except VlmpeftError:
+        raise
+    except Exception as error:  # tokenizers and safetensors put errno into the text of errors of their own
+        found = OS_CODE.search(str(error))
+        code = error.errno if isinstance(error, OSError) else int(found[1]) if found else None
+        if code in FULL:
+            message = f"no room to write {path} ({shutil.disk_usage(_existing(path)).free:,} bytes free)."
+            raise CheckpointError("K201", message, "free disk space or choose another run.dir.") from error
+        if code in REFUSED:
+            message = f"cannot write {path}: {os.strerror(code or 0)}."
+            raise CheckpointError("K206", message, "choose another run.dir.") from error
+        raise
+
+
+def _existing(path: Path) -> Path:
+    return next(p for p in (path, *path.parents) if p.exists())
+
+
+@contextlib.contextmanager
 def writing(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on success it is flushed and renamed, else removed.
 
-    Raises: CheckpointError K201 when the disk is full.
+    Raises: as `explained`.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.parent / f"{TEMPORARY}{path.name}-{secrets.token_hex(4)}"
-    try:
-        yield temporary
-        _readable(temporary)
-        fsync(temporary)
-        replace(temporary, path)
-    except OSError as error:
-        raise _disk_error(error, path) from error
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _disk_error(error: OSError, path: Path) -> Exception:
-    if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return error
-    free = shutil.disk_usage(path.parent).free
-    return CheckpointError("K201", f"no room to write {path} ({free:,} bytes free).", "free disk space or choose another run.dir.")
+    with explained(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = _beside(path, "tmp")
+        try:
+            yield temporary
+            _readable(temporary)
+            fsync(temporary)
+            replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -103,51 +133,87 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
 
 
 def append_line(path: Path, line: str) -> None:
-    """Append one line and flush it to the operating system."""
-    with path.open("a", encoding="utf-8") as file:
+    """Append one line and flush it to the operating system. Raises: as `explained`."""
+    with explained(path), path.open("a", encoding="utf-8") as file:
         file.write(line + "\n")
 
 
 @contextlib.contextmanager
 def new_directory(path: Path) -> Iterator[Path]:
-    """Yield a temporary directory; on success it takes the place of `path`, else it is removed.
+    """Yield a temporary directory; on success all of it is flushed and takes the place of `path`, else it is removed.
 
-    An existing `path` is moved aside first and deleted last, so that one of the two is always whole.
+    An existing `path` is moved aside first and deleted last; `sweep` brings it back after a kill in between.
+    Raises: as `explained`.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.parent / f"{TEMPORARY}{path.name}-{secrets.token_hex(4)}"
-    temporary.mkdir()
-    try:
-        yield temporary
-        fsync(temporary)
-        trash = path.parent / f"{TRASH}{path.name}-{secrets.token_hex(4)}"
-        if path.exists():
-            os.replace(path, trash)
-        replace(temporary, path)
-        remove(trash)
-    except OSError as error:
-        raise _disk_error(error, path) from error
-    finally:
-        remove(temporary)
+    with explained(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary, old = _beside(path, "tmp"), _beside(path, "old")
+        temporary.mkdir()
+        try:
+            yield temporary
+            for inside in (*temporary.rglob("*"), temporary):
+                fsync(inside)
+            if path.exists():
+                os.replace(path, old)
+            replace(temporary, path)
+            remove(old)
+        finally:
+            remove(temporary)
+            if old.exists() and not path.exists():
+                os.replace(old, path)
 
 
 def remove(path: Path) -> None:
-    """Delete a directory that no longer counts: renamed first, so that a kill leaves no half directory under its name."""
+    """Delete a directory: renamed first, so that a kill leaves no half directory under its name."""
     if not path.exists():
         return
-    if not path.name.startswith((TRASH, TEMPORARY)):
-        trash = path.parent / f"{TRASH}{path.name}-{secrets.token_hex(4)}"
-        replace(path, trash)
+    if LEFTOVER.fullmatch(path.name) is None:
+        trash = _beside(path, "trash")
+        with explained(path):
+            replace(path, trash)
         path = trash
     shutil.rmtree(path, ignore_errors=True)
 
 
 def sweep(directory: Path) -> list[Path]:
-    """Remove what an interrupted write left in `directory`. Returns: the paths removed."""
-    left = [p for p in directory.glob(".*") if p.name.startswith((TEMPORARY, TRASH))] if directory.is_dir() else []
+    """Clear what an interrupted write left; what was only moved aside comes back. Returns: what was found."""
+    left = [p for p in directory.iterdir() if LEFTOVER.fullmatch(p.name)] if directory.is_dir() else []
     for path in left:
-        if path.is_dir():
+        parts = LEFTOVER.fullmatch(path.name)
+        if parts and parts["kind"] == "old" and not (directory / parts["name"]).exists():
+            replace(path, directory / parts["name"])
+        elif path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink(missing_ok=True)
     return left
+
+
+def acquire(path: Path) -> int:
+    """Lock a file for this process; the system lets go of it however the process ends. Returns: a handle for `release`.
+
+    Raises: CheckpointError K211 naming the process that holds it; OSError if the file cannot be made.
+    """
+    while True:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            owner = os.read(handle, 200).decode("utf-8", "replace").strip() or "another process"
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                os.close(handle)
+                message = f"{owner} trains in {path.parent}."
+                raise CheckpointError("K211", message, "wait for it, or choose another run.dir.") from error
+            # a file system without locks: the name of the owner is all there is
+        if path.exists() and os.path.samestat(os.fstat(handle), path.stat()):
+            break  # otherwise its last owner removed it between `open` and `lockf`
+        os.close(handle)
+    os.truncate(handle, 0)
+    os.write(handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+    return handle
+
+
+def release(path: Path, handle: int) -> None:
+    """Remove the file and give up the lock of `acquire`."""
+    path.unlink(missing_ok=True)
+    os.close(handle)

@@ -1,12 +1,14 @@
 """Images: one documented path from a file to pixels, in training and evaluation alike.
 
-Open (formats allowlisted, size checked from the header before decoding) -> orient by EXIF -> convert to RGB -> pad or crop
--> resize -> normalise.
+Open (formats allowlisted, size checked from the header before decoding) -> orient by EXIF -> convert to RGB -> pad or
+crop -> resize -> normalise.
 """
 
 from __future__ import annotations
 
+import contextlib
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -32,41 +34,49 @@ def open_image(path: Path) -> Image.Image:
     Raises:
         DataError: D104 unreadable, truncated or not an allowed format, D105 too many pixels, D106 too narrow.
     """
+    with _opened(path) as image:
+        image.load()
+        return to_rgb(ImageOps.exif_transpose(image), path)
+
+
+def check_header(path: Path) -> None:
+    """Check format and size from the header alone. Raises: as `open_image`."""
+    with _opened(path):
+        pass
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Image.Image]:
+    """An image file whose header is good; what Pillow says of it inside the block becomes D104 or D105."""
+    replace = "replace the file or set data.on_bad_sample=skip."
     try:
-        with warnings.catch_warnings(), Image.open(path, formats=FORMATS) as image:
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            check_size(image.size, path)
-            image.load()
-            return to_rgb(ImageOps.exif_transpose(image), path)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # bombs are refused by size below; corrupt metadata does no harm
+            if path.stat().st_size == 0:
+                raise DataError(
+                    "D104", f'image "{path}" is 0 bytes.', "download it again or set data.on_bad_sample=skip."
+                )
+            with Image.open(path, formats=FORMATS) as image:
+                check_size(image.size, path)
+                yield image
     except DataError:
         raise
     except Image.DecompressionBombError as error:
         raise DataError("D105", f'image "{path}": {error}', "scale it down before training.") from error
     except Exception as error:  # Pillow's decoders raise many kinds (struct.error, SyntaxError, EOFError, ...)
-        raise DataError("D104", f'image "{path}" cannot be read: {error or type(error).__name__}.', "replace the file or set data.on_bad_sample=skip.") from error
-
-
-def check_header(path: Path) -> None:
-    """Check format and size from the header alone. Raises: as `open_image`."""
-    if path.stat().st_size == 0:
-        raise DataError("D104", f'image "{path}" is 0 bytes.', "download it again or set data.on_bad_sample=skip.")
-    try:
-        with warnings.catch_warnings(), Image.open(path, formats=FORMATS) as image:
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            check_size(image.size, path)
-    except DataError:
-        raise
-    except Exception as error:
-        raise DataError("D104", f'image "{path}" is not a readable image: {error}.', "replace the file or set data.on_bad_sample=skip.") from error
+        reason = f'image "{path}" cannot be read: {str(error) or type(error).__name__}.'
+        raise DataError("D104", reason, replace) from error
 
 
 def check_size(size: tuple[int, int], path: Path) -> None:
     """Refuse images that would exhaust memory or that no crop can show. Raises: DataError D105, D106."""
     width, height = size
     if width * height > MAX_PIXELS:
-        raise DataError("D105", f'image "{path}" has {width}x{height} pixels, more than {MAX_PIXELS:,}.', "scale it down before training.")
+        message = f'image "{path}" has {width}x{height} pixels, more than {MAX_PIXELS:,}.'
+        raise DataError("D105", message, "scale it down before training.")
     if max(size) > MAX_ASPECT * max(1, min(size)):
-        raise DataError("D106", f'image "{path}" is {width}x{height}: more than {MAX_ASPECT} times longer than wide.', "crop it.")
+        message = f'image "{path}" is {width}x{height}: one side is more than {MAX_ASPECT} times the other.'
+        raise DataError("D106", message, "crop it.")
 
 
 def to_rgb(image: Image.Image, path: Path) -> Image.Image:
@@ -125,8 +135,8 @@ def pad_to_square(image: Image.Image, fill: tuple[int, int, int]) -> Image.Image
 
 def crop_to(image: Image.Image, size: int) -> Image.Image:
     """Shortest edge to `size` (bicubic), then the centre square, as CLIPImageProcessor does."""
-    scale = size / min(image.size)
-    width, height = (size if s == min(image.size) else int(scale * s) for s in image.size)
+    short = min(image.size)
+    width, height = (int(size * s / short) for s in image.size)
     resized = image.resize((width, height), Image.Resampling.BICUBIC) if image.size != (width, height) else image
     left, top = (width - size) // 2, (height - size) // 2
     return resized.crop((left, top, left + size, top + size))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from vlmpeft import fs
 from vlmpeft.errors import ModelError
-from vlmpeft.sources import resolve, unreachable
+from vlmpeft.sources import hub_or_cache, require_complete, resolve, unreachable
 
 
 def load_language(name: str, *, dtype: torch.dtype = torch.float32, attention: str = "sdpa") -> tuple[Any, Any]:
@@ -23,58 +24,124 @@ def load_language(name: str, *, dtype: torch.dtype = torch.float32, attention: s
         attention: transformers' attention implementation.
 
     Returns: (model, tokenizer), the model frozen and in eval mode.
-    Raises: EnvironmentFault E420 if it cannot be had; ModelError M510 for a tokenizer without an end token.
+    Raises: EnvironmentFault E420 if it cannot be had; ModelError M510 for a tokenizer without an end token, M548 for
+        weights that lack a tensor, M511 for a head we cannot repeat.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     source = resolve(name)
-    directory = str(_converted(Path(source))) if source.endswith(".gguf") else source
+    options: dict[str, Any] = {"dtype": dtype, "attn_implementation": attention, "trust_remote_code": False}
     try:
-        model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, attn_implementation=attention, trust_remote_code=False)
-        tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+        with hub_or_cache():
+            directory = str(_converted(Path(source))) if source.endswith(".gguf") else source
+            load: Any = AutoModelForCausalLM.from_pretrained
+            model, info = load(directory, output_loading_info=True, **options)
+            tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise unreachable(name, error) from error
+        raise unreachable(source, error) from error
+    require_complete(name, info)
     if tokenizer.eos_token_id is None:
-        raise ModelError("M510", f"the tokenizer of {name} has no eos token, so answers would never end.", "set eos_token in its tokenizer_config.json.")
-    return model.requires_grad_(False).eval(), tokenizer
+        endless = f"the tokenizer of {name} has no eos token, so answers would never end."
+        raise ModelError("M510", endless, "set eos_token in its tokenizer_config.json.")
+    model.requires_grad_(False).eval()
+    check_head(model, name)
+    return model, tokenizer
 
 
 def empty_language(name: str) -> Any:
-    """The architecture of a causal LM on the meta device: shapes and counts without weights, from its config.json alone."""
+    """The architecture of a causal LM on the meta device: shapes without weights, from its config.json alone."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    source = resolve(name)
     try:
-        config = AutoConfig.from_pretrained(resolve(name), trust_remote_code=False)
+        with hub_or_cache():
+            config = AutoConfig.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise unreachable(name, error) from error
+        raise unreachable(source, error) from error
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
 
 
 def _converted(gguf: Path) -> Path:
     """A dequantised copy of a GGUF model as a safetensors directory, made once and kept in the cache."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     if not gguf.is_file():
         raise ModelError("M540", f"no GGUF file {gguf}.", "check language.name.")
     target = fs.cache_dir() / f"language-{gguf.stem}-{fs.sha256(gguf)[:12]}"
     if (target / "config.json").is_file():
         return target
-    loaded = AutoModelForCausalLM.from_pretrained(str(gguf.parent), gguf_file=gguf.name, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
-    config = loaded.config
-    del config.quantization_config  # the copy holds plain weights; the entry would make them load as GGUF
-    plain = AutoModelForCausalLM.from_config(config)  # the loaded model itself refuses to be saved as anything but GGUF
-    plain.load_state_dict(loaded.state_dict())
+    loaded, tokenizer = _read_gguf(gguf)
+    plain = _without_quantisation(loaded)
     with fs.new_directory(target) as directory:
         plain.save_pretrained(directory)
         tokenizer.save_pretrained(directory)
     return target
 
 
+def _read_gguf(gguf: Path) -> tuple[Any, Any]:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder, options = str(gguf.parent), {"gguf_file": gguf.name, "trust_remote_code": False}
+    try:
+        load: Any = AutoModelForCausalLM.from_pretrained
+        model, info = load(folder, dtype=torch.float32, output_loading_info=True, **options)
+        tokenizer = AutoTokenizer.from_pretrained(folder, **options)
+    except Exception as error:  # the reader of a damaged file raises many kinds
+        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+        fix = "fetch it again, or give a directory."
+        raise ModelError("M546", f"{gguf} cannot be read as GGUF: {reason}", fix) from error
+    require_complete(str(gguf), info)
+    return model, tokenizer
+
+
+def _without_quantisation(loaded: Any) -> Any:
+    """The same weights in a model that may be saved: one loaded from GGUF refuses to be written as anything else."""
+    from transformers import AutoModelForCausalLM
+
+    config = loaded.config
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config  # the copy holds plain weights; the entry would make them load as GGUF
+    plain = AutoModelForCausalLM.from_config(config)
+    plain.load_state_dict(loaded.state_dict())
+    return plain
+
+
 def decoder_of(language: Any) -> nn.Module:
     """The part of a causal LM below its head: ids or embeddings -> hidden states."""
     return language.get_decoder()
+
+
+def width_of(language: Any) -> int:
+    """Width of the token embeddings, which is not the hidden size in every model (OPT-350m)."""
+    return int(language.get_input_embeddings().weight.shape[1])
+
+
+def takes_positions(language: Any) -> bool:
+    """Whether positions can be given, so that a token need not stand where its position says."""
+    return "position_ids" in inspect.signature(decoder_of(language).forward).parameters
+
+
+def hidden_states(
+    language: Any, embeddings: Tensor, mask: Tensor, positions: Tensor, cache: Any | None = None
+) -> Tensor:
+    """Run a causal LM below its head. Letters: b batch, s sequence, t past and present tokens, d width.
+
+    Args:
+        embeddings: (b, s, d).
+        mask: (b, t) of real tokens, or (b, 1, s, t) added to the attention scores.
+        positions: (b, s).
+        cache: keys and values of the past; extended in place.
+
+    Returns: (b, s, d).
+    Raises: ModelError M516 for an additive mask where the model computes positions itself.
+    """
+    options: dict[str, Any] = {"past_key_values": cache, "use_cache": cache is not None}
+    if takes_positions(language):
+        options["position_ids"] = positions
+    elif mask.ndim == 4:
+        alone = f"{type(language).__name__} computes positions itself, so turns cannot be independent."
+        raise ModelError("M516", alone, "set turns=chat.")
+    out: Tensor = decoder_of(language)(inputs_embeds=embeddings, attention_mask=mask, **options).last_hidden_state
+    return out
 
 
 def logits_of(language: Any, hidden: Tensor) -> Tensor:
@@ -85,9 +152,26 @@ def logits_of(language: Any, hidden: Tensor) -> Tensor:
         logits = logits * scale
     if divisor := getattr(config, "logits_scaling", None):  # Granite
         logits = logits / divisor
+    if factor := getattr(config, "lm_head_multiplier", None):  # Falcon-H1
+        logits = logits * factor
     if cap := getattr(config, "final_logit_softcapping", None):  # Gemma 2
         logits = torch.tanh(logits / cap) * cap
     return logits
+
+
+@torch.no_grad()
+def check_head(language: Any, name: str) -> None:
+    """Prove on two tokens that `decoder_of` and `logits_of` together are the model.
+
+    Raises: ModelError M511 if they are not: the loss would be of another model.
+    """
+    ids = torch.tensor([[0, 1]], device=language.get_input_embeddings().weight.device)
+    expected = language(input_ids=ids, use_cache=False).logits.float()
+    hidden = decoder_of(language)(input_ids=ids, use_cache=False).last_hidden_state
+    found = logits_of(language, hidden).float()
+    if found.shape != expected.shape or not torch.allclose(found, expected, rtol=1e-2, atol=1e-2, equal_nan=True):
+        odd = f"{type(language).__name__} ({name}) does something to its logits that vlmpeft does not know."
+        raise ModelError("M511", odd, "report the architecture, or use another language model.")
 
 
 def fingerprint(module: nn.Module, samples: int = 64) -> str:
@@ -99,7 +183,8 @@ def fingerprint(module: nn.Module, samples: int = 64) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
         flat = tensor.detach().flatten()
-        index = torch.linspace(0, max(flat.numel() - 1, 0), min(samples, flat.numel())).long()
+        count = min(samples, flat.numel())
+        index = torch.arange(count) * max(flat.numel() - 1, 0) // max(count - 1, 1)  # in integers: exact at any size
         values = flat[index.to(flat.device)].to(torch.bfloat16).float().cpu()
         digest.update(f"{name}{tuple(tensor.shape)}".encode() + values.numpy().tobytes())
     return digest.hexdigest()[:16]

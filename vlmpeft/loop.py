@@ -1,106 +1,36 @@
 """The training loop: one stage, readable top to bottom, on accelerate.
 
-Randomness is a counter: before every forward the generators are seeded from (seed, stage, step, micro-batch, process), so a
-resumed run needs no saved generator and draws what the uninterrupted one would have drawn.
+Randomness is a counter: before every forward the generators are seeded from (seed, stage, step, micro-batch, process),
+so a resumed run needs no saved generator and draws what the uninterrupted one would have drawn.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
+import contextlib
 import json
 import math
-import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from torch import Tensor
 from tqdm import tqdm
 
-from vlmpeft import checkpoint, fs
+from vlmpeft import checkpoint, fs, resume
 from vlmpeft.build import Bundle, enter_stage
-from vlmpeft.checkpoint import Position
-from vlmpeft.data import Loaded, Sample, Samples, epoch_batches, load_batches, micro_batches
-from vlmpeft.errors import NumericError
+from vlmpeft.data import Loaded, Samples, load_batches, micro_batches
+from vlmpeft.errors import EnvironmentFault, NumericError
+from vlmpeft.manifest import verify
 from vlmpeft.optim import adamw, lr_factor, parameter_groups, set_lr
 from vlmpeft.recipe import RunConfig, Stage
+from vlmpeft.resume import Position
+from vlmpeft.stage import StageData, StageResult, counter_seed, planned, total_steps
+from vlmpeft.stopping import Preempted, StopSignal
 
 METRICS = "metrics.jsonl"
-
-
-class Preempted(Exception):
-    """SIGTERM was received and the run's state is saved."""
-
-
-@dataclass
-class StageData:
-    """Samples of a stage and how an image file becomes a tensor."""
-
-    train: Sequence[Sample]
-    held_out: Sequence[Sample]
-    load: Callable[[Path], Tensor]
-    workers: int
-
-
-@dataclass
-class StageResult:
-    """What the report says of a stage."""
-
-    name: str
-    steps: int
-    seconds: float
-    samples: int
-    final_loss: float
-    best_step: int | None
-    trainable: list[dict[str, object]]
-
-
-class StopSignal:
-    """Turns SIGTERM into a flag that the loop reads between steps; a second one ends the process at once."""
-
-    def __init__(self) -> None:
-        self.received = False
-
-    def __enter__(self) -> StopSignal:
-        self.previous = signal.signal(signal.SIGTERM, self._receive)
-        return self
-
-    def _receive(self, number: int, frame: FrameType | None) -> None:
-        self.received = True
-        signal.signal(signal.SIGTERM, self.previous)
-
-    def __exit__(self, *_: object) -> None:
-        signal.signal(signal.SIGTERM, self.previous)
-
-
-def total_steps(stage: Stage, samples: int) -> int:
-    """Optimizer steps of a stage: `optim.steps`, or `optim.epochs` over the samples."""
-    per_epoch = math.ceil(samples / stage.batch.size)
-    return stage.optim.steps or max(1, round(stage.optim.epochs * per_epoch))
-
-
-def counter_seed(*counters: object) -> int:
-    """A seed that depends on every counter and on nothing else."""
-    digest = hashlib.sha256("/".join(map(str, counters)).encode()).digest()
-    return int.from_bytes(digest[:4], "big")
-
-
-def planned(stage: Stage, samples: Sequence[Sample], seed: int, first: int, last: int) -> Iterator[list[int]]:
-    """Sample indices of optimizer steps `first` to `last` - 1."""
-    per_epoch = math.ceil(len(samples) / stage.batch.size)
-    batches: list[list[int]] = []
-    for step in range(first, last):
-        epoch, within = divmod(step, per_epoch)
-        if not batches or within == 0:
-            batches = epoch_batches(samples, stage.batch.size, stage.batch.group, seed, epoch)
-        yield batches[within]
 
 
 class StageTrainer:
@@ -119,136 +49,201 @@ class StageTrainer:
     ) -> None:  # fmt: skip
         self.bundle, self.name, self.stage, self.data, self.run = bundle, name, stage, data, run
         self.run_dir, self.accelerator, self.position, self.facts = run_dir, accelerator, position, facts
+        set_seed(counter_seed(run.seed, position.stage, "adapters"))  # new adapters start alike, resumed or not
         enter_stage(bundle, stage)
-        _checkpoint_activations(bundle, stage.gradient_checkpointing)
-        self.optimizer = adamw(parameter_groups(bundle.tuned, stage.optim.lr, stage.optim.weight_decay), stage.optim.betas, stage.optim.eps)
+        checkpoint_activations(bundle.model.language, stage.gradient_checkpointing)
+        groups = parameter_groups(bundle.tuned, stage.optim.lr, stage.optim.weight_decay)
+        self.optimizer = adamw(groups, stage.optim.betas, stage.optim.eps)
         self.total = total_steps(stage, len(data.train))
-        self.dataset = Samples(data.train, data.load)
+        self.samples = Samples(data.train, data.load)
 
     def resume(self, directory: Path) -> None:
         """Bring back the optimizer of a checkpoint written inside this stage."""
-        checkpoint.load_optimizer(self.optimizer, directory)
+        resume.load_optimizer(self.optimizer, directory)
 
     def train(self, stop: StopSignal) -> StageResult:
-        """Run the stage to its end. Raises: NumericError N301; Preempted after SIGTERM, with the state saved."""
+        """Run the stage to its end. The caller saves the end.
+
+        Raises: NumericError N301 for a loss or gradient that is not finite, before the update; EnvironmentFault E401
+        out of memory; Preempted after SIGTERM, with the state saved.
+        """
         model, optimizer = self.accelerator.prepare(self.bundle.model, self.optimizer)
-        started, loss = time.perf_counter(), math.nan
-        first, done_before = self.position.step, self.position.total - self.position.step
-        steps = list(planned(self.stage, self.data.train, self.run.seed, first, self.total))
-        shares = [micro_batches(s, self.stage.batch.micro, self.accelerator.process_index, self.accelerator.num_processes) for s in steps]
-        batches = load_batches(self.dataset, [m for share in shares for m in share], self.data.workers, self.accelerator.device.type == "cuda")
-        bar = tqdm(total=self.total, initial=first, desc=self.name, unit="step", disable=not self.accelerator.is_main_process, dynamic_ncols=True)
-        for step, share in enumerate(shares, start=first):
-            clock = time.perf_counter()
-            group = [next(batches) for _ in share]
-            lrs = set_lr(self.optimizer, lr_factor(step, self.total, self.stage.optim.warmup, self.stage.optim.schedule))
-            loss, norm, supervised = self._step(model, optimizer, group, step)
-            self.position = dataclasses.replace(self.position, step=step + 1, total=done_before + step + 1)
-            tokens = sum(int(loaded.batch.attention_mask.sum()) for loaded in group) * self.accelerator.num_processes
-            if (step + 1) % self.run.log_every == 0 or step + 1 == self.total:
-                row = {"stage": self.name, "step": step + 1, "loss": loss, "lr": max(lrs.values()), "lrs": lrs, "grad_norm": norm}
-                self._log({**row, "tokens_per_s": tokens / (time.perf_counter() - clock), "supervised_tokens": supervised})
-            bar.update()
-            bar.set_postfix(loss=f"{loss:.3f}", lr=f"{max(lrs.values()):.1e}")
-            if self._after_step(model, step + 1, stop):
-                break
-        bar.close()
+        started = time.perf_counter() - self.position.seconds
+        over = self._is_over() if self.position.evaluated else self._after_step(model, stop)
+        first = self.position.step
+        shares = self._shares(first, first if over else self.total)
+        indices = [forward for share in shares for forward in share]
+        batches = load_batches(self.samples, indices, self.data.workers, self.accelerator.device.type == "cuda")
+        silent = not self.accelerator.is_main_process
+        with tqdm(total=self.total, initial=first, desc=self.name, unit="step", disable=silent) as bar:
+            for step, share in enumerate(shares, start=first):
+                began = time.perf_counter()
+                group = [next(batches) for _ in share]
+                factor = lr_factor(step, self.total, self.stage.optim.warmup, self.stage.optim.schedule)
+                lrs = set_lr(self.optimizer, factor)
+                loss, norm, supervised = self._step(model, optimizer, group, step)
+                self.position = replace(
+                    self.position, step=step + 1, total=self.position.total + 1, loss=loss,
+                    evaluated=not self._evaluation_due(step + 1), seconds=time.perf_counter() - started,
+                )  # fmt: skip
+                if (step + 1) % self.run.log_every == 0 or step + 1 == self.total:
+                    speed = self._tokens(group) / (time.perf_counter() - began)
+                    rates = {"lr": max(lrs.values()), "lrs": lrs}
+                    self._log(loss=loss, **rates, grad_norm=norm, tokens_per_s=speed, supervised_tokens=supervised)
+                bar.set_postfix(loss=f"{loss:.3f}", lr=f"{max(lrs.values()):.1e}", refresh=False)
+                bar.update()
+                if self._after_step(model, stop):
+                    break
         self.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
         self.accelerator.free_memory()
         self._take_best()
-        seconds = time.perf_counter() - started
-        return StageResult(self.name, self.position.step, seconds, len(self.data.train), loss, self.position.best_step, self.bundle.tuned.table())
+        done, table = self.position, self.bundle.tuned.table()
+        return StageResult(self.name, done.step, done.seconds, len(self.data.train), done.loss, done.best_step, table)
+
+    def _shares(self, first: int, last: int) -> list[list[list[int]]]:
+        """This process's forwards of each step: sample indices."""
+        rank, world = self.accelerator.process_index, self.accelerator.num_processes
+        steps = planned(self.stage, self.data.train, self.run.seed, first, last)
+        return [micro_batches(step, self.stage.batch.micro, rank, world) for step in steps]
+
+    def _tokens(self, group: list[Loaded]) -> int:
+        return sum(int(g.batch.attention_mask.sum()) for g in group) * self.accelerator.num_processes
 
     def _step(self, model: Any, optimizer: Any, group: list[Loaded], step: int) -> tuple[float, float, int]:
         """One optimizer step. Returns: loss per supervised token, gradient norm before clipping, supervised tokens."""
-        accelerator = self.accelerator
         model.train()
-        supervised = int(accelerator.reduce(torch.tensor(sum(g.batch.num_supervised for g in group), device=accelerator.device)).item())
-        total = torch.zeros((), device=accelerator.device)
-        for micro, loaded in enumerate(group):
-            set_seed(counter_seed(self.run.seed, self.position.stage, step, micro, accelerator.process_index))
-            with _last_only(accelerator, model, micro == len(group) - 1):
-                batch = loaded.batch.to(accelerator.device)
-                loss = model(**batch.tensors(), num_items_in_batch=supervised).loss
-                accelerator.backward(loss * accelerator.num_processes)  # processes are averaged: the sum is what counts
-                total += loss.detach()
+        count = torch.tensor(sum(g.batch.num_supervised for g in group), device=self.accelerator.device)
+        supervised = int(self.accelerator.reduce(count).item())
+        try:
+            value = self._gradients(model, group, step, supervised)
+        except torch.OutOfMemoryError as error:
+            message = f"out of memory in stage {self.name} step {step + 1}: {str(error).splitlines()[0]}"
+            knobs = "lower batch.micro or data.max_length, or set gradient_checkpointing=true."
+            raise EnvironmentFault("E401", message, knobs) from error
         parameters = list(self.bundle.tuned.trainable().values())
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-        value, norm_value = float(accelerator.reduce(total).item()), float(norm.item())
-        if not (math.isfinite(value) and math.isfinite(norm_value)):
-            uids = ", ".join(uid for loaded in group for uid in loaded.uids)
-            raise NumericError(
-                "N301", f"stage {self.name} step {step + 1}: loss {value}, gradient norm {norm_value}, samples {uids}; the update was not made.",
-                "lower optim.lr, set optim.clip=1.0, or look at these samples; the last checkpoint is good.",
-            )  # fmt: skip
+        self._refuse_nonfinite(group, step, value, float(norm.item()))
         if self.stage.optim.clip is not None:
             torch.nn.utils.clip_grads_with_norm_(parameters, self.stage.optim.clip, norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        return value, norm_value, supervised
+        return value, float(norm.item()), supervised
 
-    def _after_step(self, model: Any, done: int, stop: StopSignal) -> bool:
-        """Evaluate and save when due. Returns: whether the stage ends early."""
-        early = False
+    def _gradients(self, model: Any, group: list[Loaded], step: int, supervised: int) -> float:
+        """Forward and backward of every micro-batch; gradients add up. Returns: loss per supervised token."""
+        accelerator = self.accelerator
+        total = torch.zeros((), device=accelerator.device)
+        for micro, loaded in enumerate(group):
+            set_seed(counter_seed(self.run.seed, self.position.stage, step, micro, accelerator.process_index))
+            last = micro == len(group) - 1  # gradients travel between processes with the last micro-batch alone
+            with contextlib.nullcontext() if last else accelerator.no_sync(model):
+                batch = loaded.batch.to(accelerator.device)
+                loss = model(**batch.tensors(), num_items_in_batch=supervised).loss
+                if loss.requires_grad:  # not so where only the projector trains and no sample has an image
+                    accelerator.backward(loss * accelerator.num_processes)  # processes are averaged; we want the sum
+                total += loss.detach()
+        return float(accelerator.reduce(total).item())
+
+    def _refuse_nonfinite(self, group: list[Loaded], step: int, loss: float, norm: float) -> None:
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            rates = ", ".join(f"{g['name']} {g['lr']:.2e}" for g in self.optimizer.param_groups)
+            uids = ", ".join(uid for loaded in group for uid in loaded.uids)
+            found = f"loss {loss}, gradient norm {norm}, learning rate {rates}, samples {uids}"
+            raise NumericError(
+                "N301",
+                f"stage {self.name} step {step + 1}: {found}; the update was not made.",
+                "lower optim.lr, set optim.clip=1.0, or look at these samples; the last checkpoint is good.",
+            )
+
+    def _after_step(self, model: Any, stop: StopSignal) -> bool:
+        """Evaluate and save when due. Returns: whether the stage is over. Raises: Preempted, with the state saved."""
         improved = False
-        if self.run.eval_every and self.data.held_out and (done % self.run.eval_every == 0 or done == self.total):
-            loss = self.held_out_loss(model)
-            self._log({"stage": self.name, "step": done, "eval_loss": loss})
-            improved = self.position.best_loss is None or loss < self.position.best_loss
-            if improved:
-                self.position = dataclasses.replace(self.position, best_loss=loss, best_step=self.position.total, bad_evals=0)
-            else:
-                self.position = dataclasses.replace(self.position, bad_evals=self.position.bad_evals + 1)
-            early = 0 < self.run.patience <= self.position.bad_evals
-        due = self.run.save_every and done % self.run.save_every == 0
-        if (due or improved or stop.received) and done < self.total or improved:
+        if not (self.position.evaluated or self._stopping(stop)):
+            improved = self._evaluate(model, stop)
+        over, stopping = self._is_over(), self._stopping(stop)
+        due = self.run.save_every > 0 and self.position.step % self.run.save_every == 0
+        if stopping or ((due or improved) and not over):
             self._save()
-        if stop.received and done < self.total:
+        if stopping:
             raise Preempted
-        return early
+        return over
+
+    def _is_over(self) -> bool:
+        return self.position.step >= self.total or 0 < self.run.patience <= self.position.bad_evals
+
+    def _stopping(self, stop: StopSignal) -> bool:
+        """Whether any process was told to stop."""
+        if self.accelerator.num_processes == 1:
+            return stop.received
+        told = torch.tensor(int(stop.received), device=self.accelerator.device)
+        return bool(self.accelerator.reduce(told).item())
+
+    def _evaluation_due(self, step: int) -> bool:
+        every = self.run.eval_every
+        return bool(self.data.held_out) and (step == self.total or (every > 0 and step % every == 0))
+
+    def _evaluate(self, model: Any, stop: StopSignal) -> bool:
+        """Evaluate on the held-out samples. Returns: whether the stage has never been better; no after SIGTERM."""
+        loss = self.held_out_loss(model, stop)
+        if loss is None:
+            return False
+        self._log(eval_loss=loss)
+        here = self.position
+        improved = here.best_loss is None or loss < here.best_loss
+        if improved:
+            self.position = replace(here, evaluated=True, best_loss=loss, best_step=here.total, bad_evals=0)
+        else:
+            self.position = replace(here, evaluated=True, bad_evals=here.bad_evals + 1)
+        return improved
 
     @torch.no_grad()
-    def held_out_loss(self, model: Any) -> float:
-        """Loss per supervised token over the held-out samples."""
+    def held_out_loss(self, model: Any, stop: StopSignal) -> float | None:
+        """Loss per supervised token over the held-out samples; None if SIGTERM came in between.
+
+        Raises: NumericError N301 if it is not finite.
+        """
         model.eval()
         total, count = torch.zeros((), device=self.accelerator.device), 0
         order = sorted(range(len(self.data.held_out)), key=lambda i: len(self.data.held_out[i].input_ids))
         micro = self.stage.batch.micro
-        for loaded in load_batches(Samples(self.data.held_out, self.data.load), [order[i : i + micro] for i in range(0, len(order), micro)], 0):
+        forwards = [order[i : i + micro] for i in range(0, len(order), micro)]
+        for loaded in load_batches(Samples(self.data.held_out, self.data.load), forwards, self.data.workers):
+            if self._stopping(stop):
+                return None
             total += model(**loaded.batch.to(self.accelerator.device).tensors(), num_items_in_batch=1).loss
             count += loaded.batch.num_supervised
-        return float(total.item()) / count
+        loss = float(total.item()) / count
+        if not math.isfinite(loss):
+            message = f"stage {self.name} step {self.position.step}: held-out loss {loss}."
+            raise NumericError("N301", message, "lower optim.lr, or set optim.clip=1.0; the last checkpoint is good.")
+        return loss
 
     def _take_best(self) -> None:
-        """Bring back the weights of the best evaluation, if a later one was worse."""
+        """Bring back the weights of the stage's best evaluation, if a later one was worse."""
         best = self.position.best_step
         if best is not None and best != self.position.total:
-            directory = self.run_dir / "checkpoints" / f"step-{best}"
+            directory = resume.step_directory(self.run_dir, best)
+            verify(directory)
             checkpoint.restore_weights(self.bundle, directory)
-            enter_stage(self.bundle, self.stage)
 
     def _save(self) -> None:
         if self.accelerator.is_main_process:
-            checkpoint.save_checkpoint(self.bundle, self.run_dir, self.position, self.optimizer, self.run.keep, self.facts)
+            resume.save_checkpoint(self.bundle, self.run_dir, self.position, self.optimizer, self.run.keep, self.facts)
         self.accelerator.wait_for_everyone()
 
-    def _log(self, row: dict[str, Any]) -> None:
+    def _log(self, **row: Any) -> None:
         if not self.accelerator.is_main_process:
             return
-        fs.append_line(self.run_dir / METRICS, json.dumps(row))
-        numbers = {f"{self.name}/{k}": v for k, v in row.items() if isinstance(v, int | float) and k != "step"}
+        fs.append_line(self.run_dir / METRICS, json.dumps({"stage": self.name, "step": self.position.step, **row}))
+        numbers = {f"{self.name}/{k}": v for k, v in row.items() if isinstance(v, int | float)}
         self.accelerator.log(numbers, step=self.position.total)
 
 
-def _last_only(accelerator: Accelerator, model: Any, last: bool) -> Any:
-    """Gradients travel between processes with the last micro-batch alone."""
-    from contextlib import nullcontext
-
-    return nullcontext() if last else accelerator.no_sync(model)
-
-
-def _checkpoint_activations(bundle: Bundle, on: bool) -> None:
+def checkpoint_activations(language: Any, on: bool) -> None:
+    """Recompute the blocks' activations in backward, or not."""
+    renamed = hasattr(language, "activation_checkpointing_enable")  # in transformers 5.23
+    prefix = "activation" if renamed else "gradient"
     if on:
-        bundle.model.language.gradient_checkpointing_enable({"use_reentrant": False})
+        getattr(language, f"{prefix}_checkpointing_enable")({"use_reentrant": False})
     else:
-        bundle.model.language.gradient_checkpointing_disable()
+        getattr(language, f"{prefix}_checkpointing_disable")()

@@ -23,10 +23,10 @@ def lr_factor(step: int, total: int, warmup_ratio: float, schedule: Schedule) ->
     warmup = math.ceil(warmup_ratio * total)
     if step < warmup:
         return step / warmup
+    if schedule == "linear":
+        return max(0.0, (total - step) / max(1, total - warmup))
     done = (step - warmup) / max(1, total - warmup)
-    if schedule == "cosine":
-        return max(0.0, 0.5 * (1.0 + math.cos(math.pi * done)))
-    return max(0.0, 1.0 - done) if schedule == "linear" else 1.0
+    return max(0.0, 0.5 * (1.0 + math.cos(math.pi * done))) if schedule == "cosine" else 1.0
 
 
 def parameter_groups(tuned: Tuned, lr: float, weight_decay: float) -> list[dict[str, Any]]:
@@ -35,18 +35,24 @@ def parameter_groups(tuned: Tuned, lr: float, weight_decay: float) -> list[dict[
     Returns: groups with "name", "peak_lr", "lr", "weight_decay", "params" and "parameter_names", each trainable once.
     """
     groups: list[dict[str, Any]] = []
-    for name in sorted(tuned.active):
-        applied = tuned.applied[name]
-        peak = applied.tuner.lr or lr
+    for name, parameters in tuned.claims().items():
+        peak = tuned.applied[name].tuner.lr or lr
         for decays in (True, False):
-            chosen = {k: p for k, p in applied.parameters.items() if (p.ndim > 1) is decays}
+            chosen = {k: p for k, p in parameters.items() if (p.ndim > 1) is decays}
             if chosen:
                 groups.append(_group(name, peak, weight_decay if decays else 0.0, chosen))
     return groups
 
 
 def _group(name: str, peak: float, decay: float, chosen: Mapping[str, nn.Parameter]) -> dict[str, Any]:
-    return {"name": name, "peak_lr": peak, "lr": 0.0, "weight_decay": decay, "params": list(chosen.values()), "parameter_names": list(chosen)}
+    return {
+        "name": name,
+        "peak_lr": peak,
+        "lr": 0.0,
+        "weight_decay": decay,
+        "params": list(chosen.values()),
+        "parameter_names": list(chosen),
+    }
 
 
 def adamw(groups: list[dict[str, Any]], betas: tuple[float, float], eps: float) -> torch.optim.AdamW:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from torch import nn
 
@@ -54,12 +55,15 @@ def path_of(model: nn.Module, module: nn.Module) -> str:
     for name, candidate in model.named_modules():
         if candidate is module:
             return name
-    raise ModelError("M531", f"{type(module).__name__} is not inside {type(model).__name__}.", "take parts from the same model.")
+    raise ModelError(
+        "M531", f"{type(module).__name__} is not inside {type(model).__name__}.", "take parts from the same model."
+    )
 
 
 def parts_by_name(model: nn.Module, parts: Parts) -> dict[str, str]:
     """The part of every parameter, by its name in `model`; what no part holds is "other"."""
-    prefixes = sorted(((path_of(model, parts.get(p)), p) for p in PARTS), key=lambda item: -len(item[0]))
+    paths = [(path_of(model, parts.get(p)).removesuffix(".base_layer"), p) for p in PARTS]  # a head may be wrapped
+    prefixes = sorted(paths, key=lambda item: -len(item[0]))
 
     def part(name: str) -> str:
         return next((p for prefix, p in prefixes if prefix == "" or name.startswith(prefix + ".")), "other")
@@ -67,11 +71,51 @@ def parts_by_name(model: nn.Module, parts: Parts) -> dict[str, str]:
     return {name: part(name) for name, _ in model.named_parameters()}
 
 
+def parameter_table(
+    model: nn.Module, parts: Parts, tuner_of: Mapping[str, str], added: Collection[str]
+) -> list[dict[str, object]]:
+    """Count what trains, per part, each tensor once.
+
+    Args:
+        tuner_of: the tuner of every trained parameter, by the parameter's name.
+        added: names of parameters that adapters brought; `total` counts the model without them.
+
+    Returns: rows with "part", "tuners", "trainable" and "total".
+    """
+    part_of = parts_by_name(model, parts)
+    tuners: dict[str, set[str]] = {part: set() for part in part_of.values()}
+    trainable, total = dict.fromkeys(tuners, 0), dict.fromkeys(tuners, 0)
+    for name, parameter in model.named_parameters():
+        part = part_of[name]
+        total[part] += 0 if name in added else parameter.numel()
+        if parameter.requires_grad:
+            trainable[part] += parameter.numel()
+            tuners[part].add(tuner_of.get(name, "?"))
+    return [{"part": p, "tuners": sorted(tuners[p]), "trainable": trainable[p], "total": total[p]} for p in tuners]
+
+
+def table_text(stage: str, rows: Sequence[Mapping[str, Any]]) -> str:
+    """`parameter_table` for people: a line per part, the language model with its head, and the sum."""
+    lines = [f"{stage}: trainable parameters"]
+    lines += [_table_line(row["part"], [row], ", ".join(row["tuners"])) for row in rows]
+    if any(row["part"] == "lm_head" for row in rows):
+        lines.append(
+            _table_line("LLM", [row for row in rows if row["part"] in ("language", "lm_head")], "with its head")
+        )
+    return "\n".join([*lines, _table_line("all", rows, "")])
+
+
+def _table_line(name: str, rows: Sequence[Mapping[str, Any]], note: str) -> str:
+    trainable, total = (sum(int(row[key]) for row in rows) for key in ("trainable", "total"))
+    share = math.floor(10_000 * trainable / max(1, total)) / 100  # cut, so that only all of it reads 100.00%
+    return f"  {name:<10} {trainable:>13,} of {total:>15,}  {share:6.2f}%  {note}".rstrip()
+
+
 def adapter_root(model: nn.Module, parts: Parts) -> nn.Module:
     """The module whose paths key an adapter file: a complete causal LM by itself, or else the whole model.
 
-    In models we assemble `language` holds its own head, so stock `peft` loads the adapter on that causal LM; Hugging Face
-    VLMs keep the head outside it, and there `peft` loads it on the VLM.
+    In models we assemble `language` holds its own head, so stock `peft` loads the adapter on that causal LM; Hugging
+    Face VLMs keep the head outside it, and there `peft` loads it on the VLM.
     """
     head_inside = any(module is parts.lm_head for module in parts.language.modules())
     return parts.language if head_inside else model
@@ -91,21 +135,25 @@ def parts_of(model: nn.Module) -> Parts:
 
     Raises: ModelError M532 with what is missing, for layouts we do not know.
     """
-    if isinstance(model, HasParts):
+    if isinstance(model, HasParts) and isinstance(model.parts, Parts):
         return model.parts
     vision = _child(model, "model.vision_tower", "model.vision_model", "vision_tower")
     projector = _child(model, "model.multi_modal_projector", "model.connector", "multi_modal_projector")
     language = _child(model, "model.language_model", "model.text_model", "language_model")
     head = _child(model, "lm_head", "language_model.lm_head")
-    blocks = language and _child(language, "layers", "model.layers")
+    blocks = None if language is None else _child(language, "layers", "model.layers")
     config = getattr(model, "config", None)
     image_token_id = getattr(config, "image_token_id", getattr(config, "image_token_index", None))
-    found = {"vision": vision, "projector": projector, "language": language, "lm_head": head, "blocks": blocks}
-    missing = [name for name, part in found.items() if part is None] + (["image_token_id"] if image_token_id is None else [])
-    if missing or not isinstance(blocks, nn.ModuleList) or not (vision and projector and language and head):
-        raise ModelError(
-            "M532",
-            f"cannot find {', '.join(missing) or 'the decoder blocks'} in a {type(model).__name__}.",
-            "describe it yourself: vlmpeft.Parts(vision=..., projector=..., language=..., lm_head=..., blocks=..., image_token_id=...).",
-        )
+    if vision is None or projector is None or language is None or head is None or image_token_id is None:
+        found = {"vision": vision, "projector": projector, "language": language, "lm_head": head}
+        missing = [name for name, part in {**found, "image_token_id": image_token_id}.items() if part is None]
+        raise _unknown_layout(model, ", ".join(missing))
+    if not isinstance(blocks, nn.ModuleList):
+        raise _unknown_layout(model, "the decoder blocks")
     return Parts(vision, projector, language, head, list(blocks), int(image_token_id))
+
+
+def _unknown_layout(model: nn.Module, missing: str) -> ModelError:
+    fields = "vision=..., projector=..., language=..., lm_head=..., blocks=..., image_token_id=..."
+    message = f"cannot find {missing} in a {type(model).__name__}."
+    return ModelError("M532", message, f"describe it yourself: vlmpeft.Parts({fields}).")

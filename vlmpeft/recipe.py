@@ -1,4 +1,4 @@
-"""What a recipe holds: frozen dataclasses, one a section. Values are those of the published scripts unless a comment says why not."""
+"""What a recipe holds: frozen dataclasses, one a section."""
 
 from __future__ import annotations
 
@@ -21,6 +21,10 @@ class VisionConfig:
     mean: tuple[float, float, float] | None = None
     std: tuple[float, float, float] | None = None
 
+    def __post_init__(self) -> None:
+        check(self.image_size is None or self.image_size >= 1, "vision.image_size", self.image_size, "at least 1 pixel")
+        check(self.std is None or all(s > 0 for s in self.std), "vision.std", self.std, "three numbers above 0")
+
 
 @dataclass(frozen=True)
 class LanguageConfig:
@@ -42,10 +46,10 @@ class ProjectorConfig:
 class DataConfig:
     """Where the data is and how it is read.
 
-    pretrain, instruct: LLaVA JSON or JSONL files of the two stages. images: folder the records' paths are relative to.
-    truncate: what happens to a sample longer than max_length: "right" cuts text at its end (never an image, and at least
-    one answer token stays), "skip" leaves it out, "error" stops. cache_features: encode every image once, keep the
-    features on disk. held_out: share of the records kept for the evaluation loss.
+    pretrain, instruct: LLaVA JSON or JSONL files of the two stages. images: folder the records' paths start from.
+    truncate: what happens to a sample longer than max_length: "right" cuts text at its end (never an image, and at
+    least one answer token stays), "skip" leaves it out, "error" stops. cache_features: encode every image once, keep
+    the features on disk. held_out: share of the records kept for the evaluation loss.
     """
 
     pretrain: str | None = None
@@ -71,7 +75,10 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """AdamW and its schedule. lr: of tuners without one of their own. clip: gradient norm, null for none. steps: null trains `epochs`."""
+    """AdamW and its schedule.
+
+    lr: of tuners without one of their own. clip: gradient norm, null for none. steps: null trains `epochs`.
+    """
 
     lr: float = 2e-4
     weight_decay: float = 0.0
@@ -96,7 +103,11 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class BatchConfig:
-    """size: samples an optimizer step sees, over all processes. micro: samples in one forward. group: batches of one modality and like length."""
+    """How samples form batches.
+
+    size: samples an optimizer step sees, over all processes. micro: samples in one forward. group: batches of like
+    length, or of one modality and like length.
+    """
 
     size: int = 128
     micro: int = 16
@@ -111,8 +122,8 @@ class BatchConfig:
 class Stage:
     """One training stage.
 
-    source: which file of the data section. turns: "chat" trains a conversation in order; "independent" lets each question
-    see the images and itself only, as if it had been asked alone, at the price of one image.
+    source: which file of the data section. turns: "chat" trains a conversation in order; "independent" lets each
+    question see the images and itself only, as if it had been asked alone, at the price of one image.
     """
 
     source: Literal["pretrain", "instruct"] = "instruct"
@@ -126,8 +137,35 @@ class Stage:
 
 
 @dataclass(frozen=True)
+class AlignConfig:
+    """Word alignment of a fresh projector before the first stage; see `align`.
+
+    epochs: 0 for none. scale: of the similarity between image tokens and word embeddings. max_share: words said of a
+    larger share of the images are left out.
+    """
+
+    epochs: int = 0
+    lr: float = 2e-3
+    weight_decay: float = 0.01
+    batch: int = 32
+    scale: float = 3.0
+    max_share: float = 0.4
+
+    def __post_init__(self) -> None:
+        check(self.epochs >= 0, "align.epochs", self.epochs, "0 or more")
+        check(0 < self.lr <= 1, "align.lr", self.lr, "a number in (0, 1]")
+        check(0 <= self.weight_decay < 1, "align.weight_decay", self.weight_decay, "a number in [0, 1)")
+        check(self.batch >= 1, "align.batch", self.batch, "at least 1")
+        check(self.scale > 0, "align.scale", self.scale, "a number above 0")
+        check(0 < self.max_share <= 1, "align.max_share", self.max_share, "a share in (0, 1]")
+
+
+@dataclass(frozen=True)
 class EvalConfig:
-    """Questions asked before the first stage, after the last, and once more with the images blanked. questions: files, comma-separated."""
+    """Questions asked before the first stage, after the last, and once more with the images blanked.
+
+    questions: files, comma-separated.
+    """
 
     questions: str | None = None
     images: str | None = None
@@ -135,6 +173,10 @@ class EvalConfig:
     max_new_tokens: int = 16
     batch_size: int = 16
     blank: bool = True
+
+    def __post_init__(self) -> None:
+        check(self.max_new_tokens >= 1, "eval.max_new_tokens", self.max_new_tokens, "at least 1")
+        check(self.batch_size >= 1, "eval.batch_size", self.batch_size, "at least 1")
 
 
 @dataclass(frozen=True)
@@ -144,6 +186,7 @@ class RunConfig:
     precision: "auto" takes bf16 where the hardware multiplies it, else fp32. resume: "auto", "never" or a checkpoint.
     save_every, eval_every: optimizer steps, 0 for the end of a stage only. keep: newest checkpoints kept. patience:
     evaluations without a better loss before a stage ends early, 0 for never. trackers: names accelerate knows.
+    dry_run: print what would train, from config.json files alone, and stop.
     """
 
     dir: str = "runs/run"
@@ -159,8 +202,10 @@ class RunConfig:
     patience: int = 0
     trackers: tuple[str, ...] = ()
     project: str = "vlmpeft"
+    dry_run: bool = False
 
     def __post_init__(self) -> None:
+        check(0 <= self.seed < 2**63, "run.seed", self.seed, "an integer from 0 to 2**63 - 1")
         check(self.keep >= 2, "run.keep", self.keep, "at least 2: the newest may be in the making when a run dies")
         check(self.log_every >= 1, "run.log_every", self.log_every, "at least 1")
         for name in ("save_every", "eval_every", "patience"):
@@ -176,6 +221,7 @@ class Recipe:
     stages: Mapping[str, Stage]
     projector: ProjectorConfig = field(default_factory=ProjectorConfig)
     data: DataConfig = field(default_factory=DataConfig)
+    align: AlignConfig = field(default_factory=AlignConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     run: RunConfig = field(default_factory=RunConfig)
     init: str | None = None

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import difflib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +11,7 @@ from typing import Any
 
 from vlmpeft.errors import DataError
 from vlmpeft.images import check_header, open_image
+from vlmpeft.safe_paths import ImageFolder
 from vlmpeft.template import IMAGE, Content, Exchange, ImageSlot, parse_question
 
 HUMAN = ("human", "user")
@@ -41,27 +42,41 @@ def read_records(path: Path) -> list[Any]:
     start = text.lstrip()[:1]
     if start == "[":
         records = _parse(text, path, 1)
-    elif start == "{":
-        rows = [(n, line) for n, line in enumerate(text.splitlines(), start=1) if line.strip()]
-        records = [_parse(line, path, n) for n, line in rows]
+    elif start == "{":  # only line feeds end a record: a string may hold other line separators, as U+2028
+        rows = [(n, line) for n, line in enumerate(text.split("\n"), start=1) if line.strip()]
+        records = [_parse(line, path, n, " (a JSON-lines file needs one whole record a line)") for n, line in rows]
     else:
         raise DataError("D101", f"{path} is neither a JSON list nor JSON lines.", "write a list of records.")
     if not records:
-        raise DataError("D101", f"{path} holds no record.")
+        raise DataError("D101", f"{path} holds no record.", "write a list of records.")
     return list(records)
 
 
-def _parse(text: str, path: Path, line: int) -> Any:
+def _parse(text: str, path: Path, line: int, hint: str = "") -> Any:
     def refuse(constant: str) -> Any:
-        raise DataError("D101", f"{path}: {constant} is not JSON.", "write null or a string.")
+        raise _Constant(constant)
 
     try:
         return json.loads(text, parse_constant=refuse)
     except json.JSONDecodeError as error:
-        whole = "" if line == 1 and error.lineno > 1 else " (a JSON-lines file needs one whole record a line)" if line > 1 else ""
-        raise DataError("D101", f"{path} line {line + error.lineno - 1} column {error.colno}: {error.msg}{whole}.", "mend the JSON there.") from error
+        number, column, reason = line + error.lineno - 1, error.colno, error.msg + hint
+    except _Constant as error:
+        number, column = _place(text, str(error), line)
+        reason = f"{error} is not JSON"
     except (RecursionError, ValueError) as error:
-        raise DataError("D101", f"{path} line {line}: {type(error).__name__} while reading.", "mend the JSON there.") from error
+        number, column, reason = line, 1, "nested too deeply" if isinstance(error, RecursionError) else str(error)
+    raise DataError("D101", f"{path} line {number} column {column}: {reason}.", "mend the JSON there.")
+
+
+class _Constant(Exception):
+    """NaN, Infinity or -Infinity, which Python's parser would take for a number."""
+
+
+def _place(text: str, constant: str, line: int) -> tuple[int, int]:
+    """Line and column of the first `constant` outside a string."""
+    tokens = re.finditer(r'"(?:[^"\\]|\\.)*"|' + re.escape(constant), text)
+    start = next((t.start() for t in tokens if t.group() == constant), 0)
+    return line + text.count("\n", 0, start), start - text.rfind("\n", 0, start)
 
 
 class RecordParser:
@@ -76,8 +91,8 @@ class RecordParser:
 
     def __init__(self, path: Path, images: Path | None, auto_image_token: bool = False, verify: str = "header") -> None:
         self.path, self.auto, self.verify = path, auto_image_token, verify
-        self.root = images.resolve() if images else None
-        self.seen: dict[Path, DataError | None] = {}
+        self.folder = ImageFolder(images) if images else None
+        self.seen: dict[str, Path | DataError] = {}  # a file shown in many records is read once
 
     def __call__(self, index: int, record: Any) -> Conversation:
         """Raises: DataError D102-D110, D120, all with file, index and id."""
@@ -86,6 +101,8 @@ class RecordParser:
         try:
             if not isinstance(record, Mapping):
                 raise DataError("D102", f"a record must be an object, got {type(record).__name__}.")
+            if "images" in record and "image" not in record:
+                raise DataError("D102", "no key 'image', but 'images'.", "call it image; it may hold a list.")
             exchanges = self._exchanges(record.get("conversations"))
             names = self._image_names(record.get("image"))
             exchanges = self._match_images(exchanges, len(names))
@@ -103,7 +120,8 @@ class RecordParser:
             if turn.get("from") not in HUMAN + ASSISTANT:
                 raise DataError("D102", f"turn {i} is from '{turn.get('from')}'.", "use human or gpt.")
             if turn["from"] not in expected:
-                raise DataError("D102", f"turn {i} is from '{turn['from']}', expected '{expected[0]}': human and gpt alternate.")
+                message = f"turn {i} is from '{turn['from']}', expected '{expected[0]}'."
+                raise DataError("D102", message, "let human and gpt alternate, human first.")
         if len(turns) % 2:
             raise DataError("D102", f"{len(turns)} turns: the last question has no answer.")
         for i, turn in enumerate(turns[1::2]):
@@ -124,52 +142,31 @@ class RecordParser:
             return exchanges
         if marks == 0 and self.auto:
             front: Content = (IMAGE,) * images
-            text = exchanges[0].question
-            return [Exchange((*front, "\n", *text), exchanges[0].answer), *exchanges[1:]]
+            text = "".join(c for c in exchanges[0].question if isinstance(c, str)).strip()
+            return [Exchange((*front, "\n" + text), exchanges[0].answer), *exchanges[1:]]
         if images == 0:
-            raise DataError("D108", f"{marks} <image> in a record without 'image'.", r"add the image, or write \<image> for the literal text.")
+            fix = r"add the image, or write \<image> for the literal text."
+            raise DataError("D108", f"{marks} <image> in a record without 'image'.", fix)
         fix = "set data.auto_image_token=true to put it first." if marks == 0 else "write one <image> for each image."
         raise DataError("D107", f"{images} images but {marks} <image> in the questions.", fix)
 
     def _image(self, name: str) -> Path:
-        if self.root is None:
-            raise DataError("D103", f'image "{name}" is given, but no image folder.', "set data.images=DIR.")
-        if "://" in name or "\0" in name:
-            raise DataError("D120", f'image "{name}" is not a file name.', "put the file into data.images.")
-        path = self.root / name
-        if path not in self.seen:
-            self.seen[path] = None
+        if self.folder is None:
+            raise DataError("D103", f"image '{name:.200}' is given, but no image folder.", "set data.images=DIR.")
+        if name not in self.seen:
             try:
-                self._check(name, path)
+                self.seen[name] = self._checked(self.folder, name)
             except DataError as error:
-                self.seen[path] = error
-        if (error := self.seen[path]) is not None:
-            raise error
-        return path
+                self.seen[name] = error
+        found = self.seen[name]
+        if isinstance(found, DataError):
+            raise found
+        return found
 
-    def _check(self, name: str, path: Path) -> None:
-        assert_inside(self.root, path, name)
-        try:
-            present = path.is_file()
-        except OSError as error:
-            raise DataError("D103", f'image "{name:.80}": {error.strerror}.') from error
-        if not present:
-            raise DataError("D103", missing_image(path, name), "check data.images and the record's name.")
+    def _checked(self, folder: ImageFolder, name: str) -> Path:
+        path = folder.find(name)
         if self.verify == "full":
             open_image(path)
         else:
             check_header(path)
-
-
-def assert_inside(root: Path | None, path: Path, name: str) -> None:
-    """Refuse a path that leaves its folder. Raises: DataError D120."""
-    if root is None or not path.resolve().is_relative_to(root):
-        raise DataError("D120", f'image "{name}" leads outside {root}.', "put the file into data.images.")
-
-
-def missing_image(path: Path, name: str) -> str:
-    """What to say of an image that is not there, with the closest name in its folder."""
-    siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-    close = difflib.get_close_matches(path.name, siblings, n=1)
-    hint = f'; did you mean "{close[0]}"?' if close else ""
-    return f'image "{name}" is not in {path.parent}{hint}.'
+        return path

@@ -5,10 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import os
-import socket
-import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,22 +12,22 @@ import torch
 from accelerate import Accelerator
 from tqdm import tqdm
 
-from vlmpeft import checkpoint, evaluation, fs
-from vlmpeft.build import Bundle, assemble, choose_device, choose_dtype, enter_stage
-from vlmpeft.checkpoint import Position
-from vlmpeft.config import load_recipe, to_yaml
-from vlmpeft.data import Prepared, prepare, split_held_out, supervised_share
-from vlmpeft.errors import PREEMPTED, CheckpointError, ConfigError
-from vlmpeft.features import cache_features
-from vlmpeft.images import open_image
-from vlmpeft.loop import METRICS, Preempted, StageData, StageResult, StageTrainer, StopSignal
-from vlmpeft.recipe import Recipe, Stage
+from vlmpeft import checkpoint, evaluation, fs, workspace
+from vlmpeft.align import align
+from vlmpeft.build import Bundle, assemble, choose_device, choose_dtype
+from vlmpeft.config import to_yaml
+from vlmpeft.errors import PREEMPTED
+from vlmpeft.loop import StageTrainer
+from vlmpeft.manifest import verify, versions
+from vlmpeft.preflight import check_recipe, prepare_stages
+from vlmpeft.recipe import Recipe
 from vlmpeft.report import write_report
-from vlmpeft.schema import as_plain
-from vlmpeft.template import TurnEncoder
+from vlmpeft.resume import Position, checkpoints, position_of, save_checkpoint
+from vlmpeft.stage import StageData, StageResult
+from vlmpeft.stopping import Preempted, StopSignal
 
 SUMMARY = "summary.json"
-MAY_CHANGE = ("run", "eval", "title", "imports")  # sections of a recipe that may differ on resume
+REPORT = "report.html"
 
 
 class Run:
@@ -47,227 +43,162 @@ class Run:
 
     def run(self) -> int:
         """Train, evaluate, report. Returns: 0, or 143 after SIGTERM."""
-        self._check_files()
-        with locked(self.dir):
-            if (final := self._open()) is not None:
-                print(f"already complete: {final}")
-                return 0
-            try:
-                with StopSignal() as stop:
-                    self._run(stop)
-            except Preempted:
-                print(f"stopped by SIGTERM; go on with the same command (checkpoint in {self.dir / 'checkpoints'})")
-                return PREEMPTED
+        check_recipe(self.recipe)
+        self.benchmarks = evaluation.benchmarks(self.recipe.eval, self.recipe.data.images)
+        device = choose_device(self.recipe.run.device)
+        dtype = choose_dtype(self.recipe.run.precision, device)
+        self.accelerator = Accelerator(
+            cpu=device.type == "cpu", mixed_precision="bf16" if dtype == torch.bfloat16 else "no",
+            log_with=list(self.recipe.run.trackers) or None, project_dir=str(self.dir / "trackers"),
+        )  # fmt: skip
+        main = self.accelerator.is_main_process
+        try:
+            with workspace.locked(self.dir) if main else contextlib.nullcontext(), StopSignal() as stop:
+                if main:
+                    workspace.open_directory(self.dir, self.recipe)
+                self.accelerator.wait_for_everyone()
+                if workspace.finished(self.dir):
+                    self._say(f"already complete: {self.dir / workspace.FINAL}")
+                    if main and not (self.dir / REPORT).is_file():
+                        self._report()
+                    return 0
+                try:
+                    self._run(stop, dtype)
+                finally:
+                    self.accelerator.end_training()
+        except Preempted:
+            self._say(self._how_to_go_on())
+            return PREEMPTED
         return 0
 
-    def _check_files(self) -> None:
-        """What can be wrong without a model is found before anything is written."""
-        for name, stage in self.recipe.stages.items():
-            if getattr(self.recipe.data, stage.source) is None:
-                raise ConfigError("C106", f"stage {name} reads data.{stage.source}, which is not set.", f"write data.{stage.source}=FILE data.images=DIR.")
-            if not stage.tuners:
-                raise ConfigError("C106", f"stage {name} trains nothing.", "give it a tuner, for example lora.r=16.")
-            path = Path(str(getattr(self.recipe.data, stage.source)))
-            if not path.is_file():
-                raise ConfigError("C110", f"data.{stage.source}={path}: no such file.", f"check data.{stage.source}.")
-        if self.recipe.data.images and not Path(self.recipe.data.images).is_dir():
-            raise ConfigError("C110", f"data.images={self.recipe.data.images}: no such folder.", "check data.images.")
-        self.benchmarks = evaluation.benchmarks(self.recipe.eval, self.recipe.data.images)
-        if self.dir.exists() and not self.dir.is_dir():
-            raise ConfigError("C111", f"run.dir={self.dir} is a file.", "choose another run.dir.")
+    def _run(self, stop: StopSignal, dtype: torch.dtype) -> None:
+        with stop.at_once():  # nothing is trained yet, so there is nothing to save
+            config = {"recipe": to_yaml(self.recipe)}
+            self.accelerator.init_trackers(self.recipe.run.project, config=config)
+            title = self.recipe.title or "run"
+            self._say(f"{title}: {self.accelerator.device.type}, {str(dtype).removeprefix('torch.')}, into {self.dir}")
+            bundle, position, found = self._bundle(dtype)
+            stages, facts = prepare_stages(bundle, self.dir, self._say)
+            if found is not None:
+                workspace.check_data(found, facts)
+            if found is None or "before" not in evaluation.read(self.dir):
+                self._evaluate(bundle, "before")
+            if found is None and self.recipe.align.epochs and self.recipe.init is None:
+                self._align(bundle, stages)
+        self._train(bundle, stages, facts, position, found, stop)
+        with stop.at_once():  # the end of the last stage is saved
+            self._evaluate(bundle, "after")
+            if self.recipe.eval.blank:
+                self._evaluate(bundle, "blank")
+        if self.accelerator.is_main_process:
+            checkpoint.save(bundle, self.dir / workspace.FINAL, lambda _: {"facts": facts})
+            self._report()
+        self.accelerator.wait_for_everyone()
 
-    def _open(self) -> Path | None:
-        """Make the directory ready: fresh, or with a run of the same recipe to go on with. Returns: `final` if it is complete."""
-        run = self.recipe.run
-        fs.sweep(self.dir)
-        fs.sweep(self.dir / "checkpoints")
-        used = (self.dir / "recipe.yaml").is_file()
-        if used and run.overwrite:
-            moved = self.dir.with_name(f"{self.dir.name}.old-{time.strftime('%Y%m%d-%H%M%S')}")
-            moved.mkdir()
-            for path in [p for p in self.dir.iterdir() if p.name != LOCK]:
-                os.replace(path, moved / path.name)
-            used = False
-        if used and run.resume == "never":
-            raise ConfigError("C112", f"run.dir={self.dir} holds a run.", "set run.resume=auto, run.overwrite=true or another run.dir.")
-        if used:
-            self._compare_recipes()
-            if (self.dir / "final" / checkpoint.MANIFEST).is_file():
-                checkpoint.verify(self.dir / "final")
-                return self.dir / "final"
-        fs.write_text(self.dir / "recipe.yaml", to_yaml(self.recipe))
-        return None
+    def _bundle(self, dtype: torch.dtype) -> tuple[Bundle, Position, Path | None]:
+        """The model at the newest good checkpoint, at `init`, or bare. Returns: bundle, position, checkpoint."""
+        found = workspace.find_checkpoint(self.dir, self.recipe)
+        bundle = assemble(self.recipe, self.accelerator.device, dtype, self.recipe.run.seed)
+        position = Position()
+        if found is not None:
+            checkpoint.restore(bundle, found, verify(found))
+            position = workspace.known_best(self.dir, position_of(found))
+            self._say(f"going on from {found}")
+        elif self.recipe.init is not None:
+            checkpoint.start_from(bundle, Path(self.recipe.init))
+        if self.accelerator.is_main_process:
+            workspace.cut_metrics(self.dir, list(self.recipe.stages), position)
+        return bundle, position, found
 
-    def _compare_recipes(self) -> None:
-        old = as_plain(load_recipe(str(self.dir / "recipe.yaml")))
-        new = as_plain(self.recipe)
-        for values in (old, new):
-            for section in MAY_CHANGE:
-                values.pop(section, None)
-        changed = [f"{key} {a!r} -> {b!r}" for key, a, b in _differences(old, new)]
-        if changed:
-            raise CheckpointError("K210", f"{self.dir} holds a run of another recipe: {'; '.join(changed[:8])}.", "set run.overwrite=true or another run.dir.")
+    def _align(self, bundle: Bundle, stages: dict[str, StageData]) -> None:
+        """Word alignment of the fresh projector; the end of the first stage's steps is where it is first saved."""
+        samples = [sample for data in stages.values() for sample in data.train]
+        load = next(iter(stages.values())).load
+        excluded = bundle.tokenizer.all_special_ids
+        loss = align(bundle.model, samples, load, self.recipe.align, excluded, self.recipe.run.seed)
+        self._say("align: no word to align with" if loss is None else f"align: loss {loss:.3f} in the last epoch")
 
-    def _run(self, stop: StopSignal) -> None:
-        recipe = self.recipe
-        device = choose_device(recipe.run.device)
-        dtype = choose_dtype(recipe.run.precision, device)
-        accelerator = Accelerator(
-            cpu=device.type == "cpu", mixed_precision="bf16" if dtype == torch.bfloat16 else "no",
-            log_with=list(recipe.run.trackers) or None, project_dir=str(self.dir / "trackers"),
-        )  # fmt: skip
-        accelerator.init_trackers(recipe.run.project, config={"recipe": to_yaml(recipe)})
-        tqdm.write(f"{recipe.title or 'run'}: {device.type}, {str(dtype).removeprefix('torch.')}, into {self.dir}")
-        bundle, position, resumed = self._bundle(accelerator.device, dtype)
-        stages = self._stages(bundle)
-        self._evaluate(bundle, "before", skip=resumed is not None)
-        results: list[StageResult] = self._earlier_results(position)
-        for index, (name, stage) in enumerate(recipe.stages.items()):
-            if index < position.stage:
-                continue
-            data, facts = stages[name]
-            trainer = StageTrainer(bundle, name, stage, data, recipe.run, self.dir, accelerator, position, facts)
-            if resumed is not None and position.step > 0:
-                trainer.resume(resumed)
-            tqdm.write(trainable_table(name, bundle))
+    def _train(
+        self,
+        bundle: Bundle,
+        stages: dict[str, StageData],
+        facts: dict[str, Any],
+        position: Position,
+        found: Path | None,
+        stop: StopSignal,
+    ) -> None:
+        """Train what is left of every stage; the end of each is a checkpoint."""
+        results = self._earlier_results(position)
+        for index, (name, stage) in list(enumerate(self.recipe.stages.items()))[position.stage :]:
+            trainer = StageTrainer(
+                bundle, name, stage, stages[name], self.recipe.run, self.dir, self.accelerator, position, facts
+            )
+            if found is not None and position.step > 0:
+                trainer.resume(found)
+            self._say(trainable_table(name, bundle))
             results.append(trainer.train(stop))
             position = Position(stage=index + 1, total=trainer.position.total)
-            self._summarise(results)
-            last = index == len(recipe.stages) - 1
-            target = self.dir / "final"
-            if not last:
-                checkpoint.save_checkpoint(bundle, self.dir, position, None, recipe.run.keep, facts)
-        self._evaluate(bundle, "after")
-        if recipe.eval.blank:
-            self._evaluate(bundle, "blank")
-        checkpoint.save(bundle, target, lambda _: {"facts": facts})
-        if self.benchmarks:
-            evaluation.write_samples(self.benchmarks, self.dir)
-        accelerator.end_training()
-        report = write_report(self.dir)
-        print(self._headline())
-        print(f"model:  {target}\nreport: {report}")
+            if self.accelerator.is_main_process:
+                self._summarise(results, facts)
+                save_checkpoint(bundle, self.dir, position, None, self.recipe.run.keep, facts)
+            self.accelerator.wait_for_everyone()
+            stop.check()
 
-    def _bundle(self, device: torch.device, dtype: torch.dtype) -> tuple[Bundle, Position, Path | None]:
-        """The model at the newest good checkpoint, at `init`, or bare. Returns: bundle, position, checkpoint."""
-        recipe = self.recipe
-        found, rejected = self._checkpoint()
-        for reason in rejected:
-            tqdm.write(f"vlmpeft: warning: passed over a damaged checkpoint: {reason}")
-        bundle = assemble(recipe, device, dtype, recipe.run.seed)
-        if found is not None:
-            manifest = checkpoint.verify(found)
-            checkpoint.restore(bundle, found, manifest)
-            position = checkpoint.position_of(found)
-            tqdm.write(f"going on from {found}")
-            self._cut_metrics(position)
-            return bundle, position, found
-        if recipe.init is not None:
-            checkpoint.start_from(bundle, Path(recipe.init))
-        self._cut_metrics(Position())
-        return bundle, Position(), None
-
-    def _checkpoint(self) -> tuple[Path | None, list[str]]:
-        if self.recipe.run.resume in ("auto", "never"):
-            return checkpoint.newest_valid(self.dir)
-        directory = Path(self.recipe.run.resume)
-        if not (directory / checkpoint.STATE).is_file():
-            raise CheckpointError("K205", f"run.resume={directory} is no checkpoint.", "name a checkpoints/step-N folder, auto or never.")
-        return directory, []
-
-    def _cut_metrics(self, position: Position) -> None:
-        """Drop logged steps that will be trained again."""
-        path = self.dir / METRICS
-        names = list(self.recipe.stages)
-        rows = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")] if path.is_file() else []
-        kept = [r for r in rows if (names.index(r["stage"]), r["step"]) <= (position.stage, position.step)]
-        fs.write_text(path, "".join(json.dumps(r) + "\n" for r in kept))
-
-    def _stages(self, bundle: Bundle) -> dict[str, tuple[StageData, dict[str, Any]]]:
-        """Check and encode the data of every stage before the first one trains."""
-        data = self.recipe.data
-        prepared: dict[str, tuple[Stage, Prepared]] = {}
-        for name, stage in self.recipe.stages.items():
-            encoder = TurnEncoder(bundle.tokenizer, stage.template, bundle.image_tokens, stage.system)
-            found = prepare(Path(str(getattr(data, stage.source))), data, encoder, stage.turns == "independent", self.dir / f"bad_samples-{name}.jsonl")
-            supervised, tokens = supervised_share(found.samples)
-            line = f"{name}: records {found.records:,} = used {len(found.samples):,} + skipped {len(found.skipped):,}"
-            tqdm.write(f"{line}; {supervised:,} of {tokens:,} tokens supervised ({supervised / tokens:.1%})")
-            prepared[name] = (stage, found)
-        load: Any = lambda path: bundle.image_transform(open_image(path))  # noqa: E731
-        workers = data.workers
-        if data.cache_features:
-            paths = [path for _, found in prepared.values() for s in found.samples for path in s.images]
-            if paths:
-                load, workers = cache_features(bundle.model.vision, bundle.image_transform, paths), 0  # type: ignore[arg-type]
-        out: dict[str, tuple[StageData, dict[str, Any]]] = {}
-        for name, (_, found) in prepared.items():
-            train, held_out = split_held_out(found.samples, data.held_out, self.recipe.run.seed)
-            facts = {"data": {"file": str(getattr(data, self.recipe.stages[name].source)), "fingerprint": found.fingerprint, "used": len(found.samples), "skipped": len(found.skipped)}}
-            out[name] = (StageData(train, held_out, load, workers), facts)
-        self.records = {"records": sum(f.records for _, f in prepared.values()), "used": sum(len(f.samples) for _, f in prepared.values()), "skipped": sum(len(f.skipped) for _, f in prepared.values())}
-        return out
-
-    def _evaluate(self, bundle: Bundle, moment: str, skip: bool = False) -> None:
-        if self.benchmarks and not (skip and moment in evaluation.read(self.dir)):
-            stage = bundle.stage
-            enter_last = list(self.recipe.stages.values())[-1]
-            bundle.stage = enter_last
-            tqdm.write(f"evaluation: {moment}")
+    def _evaluate(self, bundle: Bundle, moment: str) -> None:
+        """Ask the questions with the template of the last stage, whichever stage the model is in."""
+        if not (self.benchmarks and self.accelerator.is_main_process):
+            return
+        stage, bundle.stage = bundle.stage, list(self.recipe.stages.values())[-1]
+        self._say(f"evaluation: {moment}")
+        try:
             evaluation.evaluate(bundle, self.recipe.eval, self.benchmarks, self.dir, moment)
+        finally:
             bundle.stage = stage
 
     def _earlier_results(self, position: Position) -> list[StageResult]:
         path = self.dir / SUMMARY
-        stages = json.loads(path.read_text())["stages"] if path.is_file() else []
+        stages = json.loads(path.read_text(encoding="utf-8"))["stages"] if path.is_file() else []
         return [StageResult(**s) for s in stages[: position.stage]]
 
-    def _summarise(self, results: list[StageResult]) -> None:
-        stages = []
-        for result in results:
-            stages.append(dataclasses.asdict(result))
-        fs.write_json(self.dir / SUMMARY, {"title": self.recipe.title, "stages": stages, "versions": checkpoint.versions(), "data": self.records})
+    def _summarise(self, results: list[StageResult], facts: dict[str, Any]) -> None:
+        counts = {k: sum(f[k] for f in facts["data"].values()) for k in ("records", "used", "skipped")}
+        stages = [dataclasses.asdict(result) for result in results]
+        summary = {"title": self.recipe.title, "stages": stages, "versions": dict(versions()), "data": counts}
+        fs.write_json(self.dir / SUMMARY, summary)
+
+    def _report(self) -> None:
+        """Write the report from the files of the run, and say the end of it."""
+        if self.benchmarks:
+            evaluation.write_samples(self.benchmarks, self.dir)
+        report = write_report(self.dir)
+        self._say(f"{self._headline()}model:  {self.dir / workspace.FINAL}\nreport: {report}")
 
     def _headline(self) -> str:
         lines = []
         scores = evaluation.read(self.dir)
         for i, benchmark in enumerate(self.benchmarks):
-            parts = [f"{moment} {scores[moment][i]['accuracy']:.1%}" for moment in ("before", "after", "blank") if moment in scores]
-            lines.append(f"{benchmark.name} accuracy: {', '.join(parts)}")
-        return "\n".join(lines)
+            moments = [moment for moment in ("before", "after", "blank") if i < len(scores.get(moment, []))]
+            parts = [f"{moment} {scores[moment][i]['accuracy']:.1%}" for moment in moments]
+            lines.append(f"{benchmark.name} accuracy: {', '.join(parts)}\n")
+        return "".join(lines)
+
+    def _how_to_go_on(self) -> str:
+        command = "the same command, but without run.overwrite" if self.recipe.run.overwrite else "the same command"
+        where = f"checkpoint in {self.dir / 'checkpoints'}" if checkpoints(self.dir) else "nothing was trained yet"
+        return f"stopped by SIGTERM; go on with {command} ({where})"
+
+    def _say(self, text: str) -> None:
+        if self.accelerator.is_main_process:
+            tqdm.write(text)
 
 
 def trainable_table(stage: str, bundle: Bundle) -> str:
     """The trainable parameters of a stage, per part."""
-    rows = bundle.tuned.table()
     lines = [f"{stage}: trainable parameters"]
-    for row in rows:
-        share = int(str(row["trainable"])) / max(1, int(str(row["total"])))
-        lines.append(f"  {row['part']:<10} {row['trainable']:>13,} of {row['total']:>15,}  {share:7.2%}  {', '.join(row['tuners'])}")  # type: ignore[arg-type]
+    for row in bundle.tuned.table():
+        trainable, total = int(str(row["trainable"])), int(str(row["total"]))
+        tuners = ", ".join(row["tuners"])  # type: ignore[arg-type]
+        lines.append(
+            f"  {row['part']:<10} {trainable:>13,} of {total:>15,}  {trainable / max(1, total):7.2%}  {tuners}"
+        )
     return "\n".join(lines)
-
-
-def _differences(old: Any, new: Any, where: str = "") -> list[tuple[str, Any, Any]]:
-    if isinstance(old, dict) and isinstance(new, dict):
-        keys = sorted(old.keys() | new.keys())
-        return [d for k in keys for d in _differences(old.get(k), new.get(k), f"{where}.{k}" if where else k)]
-    return [] if old == new else [(where, old, new)]
-
-
-LOCK = "run.lock"
-
-
-@contextlib.contextmanager
-def locked(directory: Path) -> Iterator[None]:
-    """Hold a run directory for this process. Raises: CheckpointError K211 while another process trains there."""
-    directory.mkdir(parents=True, exist_ok=True)
-    lock = directory / LOCK
-    if lock.is_file():
-        pid, _, host = lock.read_text().strip().partition(" ")
-        if host == socket.gethostname() and pid.isdigit() and int(pid) != os.getpid() and Path(f"/proc/{pid}").exists():
-            raise CheckpointError("K211", f"process {pid} on {host} trains in {directory}.", "wait for it, or choose another run.dir.")
-    fs.write_text(lock, f"{os.getpid()} {socket.gethostname()}\n")
-    try:
-        yield
-    finally:
-        lock.unlink(missing_ok=True)

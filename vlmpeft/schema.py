@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import math
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from vlmpeft.errors import ConfigError, nearest
@@ -19,22 +21,28 @@ def build(cls: type[T], values: object, where: str) -> T:
     Args:
         cls: a dataclass of scalars, tuples and mappings.
         values: what a recipe gives for it.
-        where: dotted path of the section, for messages.
+        where: dotted path of the section, for messages; "" at the top.
 
     Raises: ConfigError C101 for an unknown key, C102 for a wrong type or range.
     """
     if not isinstance(values, Mapping):
-        raise ConfigError("C102", f"{where} must be a section, got {values!r}.", f"write {where}.key=value.")
+        raise ConfigError("C102", f"{where}={values!r} is not a section.", f"write {where}.key=value.")
+    prefix = f"{where}." if where else ""
     hints = typing.get_type_hints(cls)
     fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
     for key in values:
         if key not in fields:
-            raise ConfigError("C101", f"{where}: no key '{key}'{nearest(str(key), fields)}")
+            raise unknown_key(where, str(key), fields)
     for name, field in fields.items():
         required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
         if required and values.get(name) is None:
-            raise ConfigError("C106", f"{where}.{name} is not set.", f"write {where}.{name}=VALUE.")
-    return cls(**{k: convert(v, hints[k], f"{where}.{k}") for k, v in values.items()})
+            raise ConfigError("C106", f"{prefix}{name} is not set.", f"write {prefix}{name}=VALUE.")
+    return cls(**{k: convert(v, hints[k], f"{prefix}{k}") for k, v in values.items()})
+
+
+def unknown_key(where: str, key: str, known: Iterable[str]) -> ConfigError:
+    """C101, with the nearest key there is."""
+    return ConfigError("C101", f"{where or 'recipe'}: no key '{key}'{nearest(key, known)}")
 
 
 def convert(value: object, hint: Any, where: str) -> Any:
@@ -50,7 +58,7 @@ def convert(value: object, hint: Any, where: str) -> Any:
         return value
     if origin is tuple:
         return _convert_tuple(value, arguments, where)
-    if origin in (dict, Mapping) or hint is dict:
+    if (origin or hint) in (dict, Mapping):
         if not isinstance(value, Mapping):
             raise _wrong(where, value, "a section")
         return dict(value)
@@ -85,14 +93,25 @@ def _convert_scalar(value: object, hint: Any, where: str) -> Any:
     if hint is str and isinstance(value, str | int | float) and not isinstance(value, bool):
         return str(value)
     if hint in (int, float) and isinstance(value, int | float | str) and not isinstance(value, bool):
-        try:
-            number = float(value)
-        except ValueError:
-            number = float("nan")
-        if number == number and (hint is float or number == int(number)):
-            return hint(number)
+        number = _number(value, hint)
+        if number is not None:
+            return number
     names = {bool: "true or false", int: "an integer", float: "a number", str: "text"}
     raise _wrong(where, value, names.get(hint, str(hint)))
+
+
+def _number(value: float | str, hint: type) -> float | None:
+    """A finite number of the type `hint`, or None."""
+    try:
+        if hint is int and not isinstance(value, float):
+            with contextlib.suppress(ValueError):
+                return int(value)  # exact where a float is not
+        number = float(value)
+    except (ValueError, OverflowError):
+        return None
+    if hint is float:
+        return number if math.isfinite(number) else None
+    return int(number) if number.is_integer() else None
 
 
 def _wrong(where: str, value: object, allowed: str) -> ConfigError:

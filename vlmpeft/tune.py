@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from torch import Tensor, nn
+from torch import nn
 
-from vlmpeft import fs
-from vlmpeft.errors import ModelError, nearest
-from vlmpeft.parts import Parts, adapter_root, parts_by_name, parts_of, path_of
+from vlmpeft.errors import ModelError
+from vlmpeft.parts import Parts, parameter_table, parts_of, path_of
 from vlmpeft.tuners.base import Tuner
 from vlmpeft.tuners.full import Full
 from vlmpeft.tuners.linear import AdaptedLinear, replace_module
 from vlmpeft.tuners.lora import LoRA, LoRALinear
-from vlmpeft.weights import assign, peft_key, plain_name, read_strict
-
-ADAPTERS = "adapters"
-TRAINED = "trained.safetensors"
+from vlmpeft.weights import assign, read_tuned, write_tuned
 
 
 @dataclass(frozen=True)
@@ -42,30 +39,62 @@ class Tuned:
     def apply(self, tuners: Mapping[str, Tuner]) -> None:
         """Train exactly what `tuners` say. One applied before under the same name goes on; others stay, frozen.
 
+        Merged adapters are taken apart again. On an error the model is as it was.
         Raises: ModelError M552 if two tuners claim the same thing.
         """
+        self.unmerge()
+        applied, adapters = dict(self.applied), set(self._adapters())
+        trained = [p for p in self.model.parameters() if p.requires_grad]
         self.model.requires_grad_(False)
-        for name, tuner in tuners.items():
-            before = self.applied.get(name)
-            if before is None or _structure(before.tuner) != _structure(tuner):
-                self._refuse_conflict(name, tuner)
-                before = Applied(name, tuner, tuner.apply(self.model, self.parts))
-            self.applied[name] = Applied(name, tuner, before.parameters)
-        self.active = set(tuners)
-        for parameter in self.trainable().values():
-            parameter.requires_grad_(True)
+        try:
+            for name, tuner in tuners.items():
+                self._add(name, tuner)
+            self._rename()
+            self.active = set(tuners)
+            for parameter in self.trainable().values():
+                parameter.requires_grad_(True)
+        except Exception:
+            self._take_out([layer for layer in self._adapters() if layer not in adapters])
+            self.applied, self.active = applied, self.active & applied.keys()
+            self.model.requires_grad_(False)
+            for parameter in trained:
+                parameter.requires_grad_(True)
+            raise
 
-    def _refuse_conflict(self, name: str, tuner: Tuner) -> None:
-        for other in self.applied.values():
-            same_name = other.name == name
-            if same_name or (isinstance(tuner, LoRA) and isinstance(other.tuner, LoRA) and tuner.part == other.tuner.part):
-                raise ModelError(
-                    "M552", f"tuner '{name}' ({tuner.kind} on {tuner.part}) meets '{other.name}' there.", "merge() or remove() the first, or use one of them."
-                )
+    def _add(self, name: str, tuner: Tuner) -> None:
+        before = self.applied.get(name)
+        if before is None or structure(before.tuner) != structure(tuner):
+            refuse_conflict(name, tuner, {other.name: other.tuner for other in self.applied.values()})
+            before = Applied(name, tuner, tuner.apply(self.model, self.parts))
+        self.applied[name] = Applied(name, tuner, before.parameters)
+
+    def _rename(self) -> None:
+        """Give every parameter the name it has now: an adapter that wraps a layer changes the names inside."""
+        names = {id(p): name for name, p in self.model.named_parameters()}
+        for key, applied in self.applied.items():
+            current = {names.get(id(p), name): p for name, p in applied.parameters.items()}
+            self.applied[key] = Applied(applied.name, applied.tuner, current)
+
+    def claims(self) -> dict[str, dict[str, nn.Parameter]]:
+        """What each tuner trains now, every parameter once: of nested parts the innermost keeps it.
+
+        Raises: ModelError M552 if two tuners of one part claim the same parameter.
+        """
+        depth = {name: -len(path_of(self.model, self.parts.get(self.applied[name].tuner.part))) for name in self.active}
+        owner: dict[int, Applied] = {}
+        for name in sorted(self.active, key=lambda n: (depth[n], n)):
+            for key, parameter in self.applied[name].parameters.items():
+                first = owner.setdefault(id(parameter), self.applied[name])
+                if first.name != name and first.tuner.part == self.applied[name].tuner.part:
+                    raise ModelError("M552", f"'{first.name}' and '{name}' both train {key}.", "use one of them.")
+        return {
+            name: {k: p for k, p in self.applied[name].parameters.items() if owner[id(p)].name == name}
+            for name in sorted(self.active)
+        }
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """What trains now, by name in the model; tied tensors once."""
-        return {k: p for name in sorted(self.active) for k, p in self.applied[name].parameters.items()}
+        return {k: p for parameters in self.claims().values() for k, p in parameters.items()}
 
     def tuned_names(self) -> set[str]:
         """Every parameter tuned so far, trained now or in an earlier stage."""
@@ -77,59 +106,30 @@ class Tuned:
         Leaves `adapters/<name>/` in PEFT's format for adapters, `trained.safetensors` for the rest.
         Returns: names of the parameters written.
         """
-        written: set[str] = set()
-        rest: dict[str, Tensor] = {}
-        for applied in self.applied.values():
-            if isinstance(applied.tuner, LoRA):
-                self._save_adapter(applied, applied.tuner, Path(directory) / ADAPTERS / applied.name)
-            else:
-                rest |= {plain_name(k): p for k, p in applied.parameters.items()}
-            written |= set(applied.parameters)
-        if rest:
-            fs.write_tensors(Path(directory) / TRAINED, rest)
-        return written
-
-    def _save_adapter(self, applied: Applied, tuner: LoRA, directory: Path) -> None:
-        prefix = self._root_prefix(tuner)
-        tensors = {peft_key(k, prefix): p for k, p in applied.parameters.items()}
-        targets = sorted({k.removeprefix(prefix).rsplit(".", 2)[0] for k in applied.parameters})
-        base = str(getattr(getattr(self.parts.language, "config", None), "_name_or_path", "") or "")
-        fs.write_tensors(directory / "adapter_model.safetensors", tensors)
-        fs.write_json(directory / "adapter_config.json", tuner.peft_config(base, targets))
-
-    def _root_prefix(self, tuner: LoRA) -> str:
-        """Path, with its dot, of the module an adapter file is relative to."""
-        root = adapter_root(self.model, self.parts) if tuner.part in ("language", "lm_head") else self.parts.get(tuner.part)
-        path = path_of(self.model, root)
-        return f"{path}." if path else ""
+        with self._unmerged():
+            return write_tuned(self.applied.values(), self.model, self.parts, Path(directory))
 
     def load(self, directory: Path) -> None:
         """Read what `save` wrote, or a single PEFT adapter folder, strictly: all of it fits or nothing is applied.
 
-        Raises: ModelError M502 (missing, extra or misshapen tensors), M503 (not finite).
+        Raises: ModelError M502 (missing, extra or misshapen tensors, another scale), M503 (not finite), M554.
         """
-        directory = Path(directory)
-        pending: list[tuple[Mapping[str, nn.Parameter], Mapping[str, Tensor]]] = []
-        rest: dict[str, nn.Parameter] = {}
-        for applied in self.applied.values():
-            if isinstance(applied.tuner, LoRA):
-                folder = directory / ADAPTERS / applied.name
-                folder = folder if folder.is_dir() else directory
-                prefix = self._root_prefix(applied.tuner)
-                expected = {peft_key(k, prefix): p for k, p in applied.parameters.items()}
-                pending.append((expected, read_strict(folder / "adapter_model.safetensors", expected)))
-            else:
-                rest |= {plain_name(k): p for k, p in applied.parameters.items()}
-        if rest:
-            pending.append((rest, read_strict(directory / TRAINED, rest)))
-        for expected, found in pending:
-            assign(expected, found)
+        with self._unmerged():
+            for parameters, values in read_tuned(self.applied.values(), self.model, self.parts, Path(directory)):
+                assign(parameters, values)
 
     def _adapters(self) -> list[LoRALinear]:
         return [m for m in self.model.modules() if isinstance(m, LoRALinear)]
 
     def merge(self) -> None:
-        """Fold the adapters into the weights they sit on; outputs stay, up to rounding."""
+        """Fold the adapters into the weights they sit on; outputs stay, up to rounding.
+
+        Raises: ModelError M555 for an adapter on a tied weight: its twin would change too.
+        """
+        uses = Counter(id(p) for _, p in self.model.named_parameters(remove_duplicate=False))
+        for path, layer in self.model.named_modules():
+            if isinstance(layer, LoRALinear) and uses[id(layer.base_layer.weight)] > 1:
+                raise ModelError("M555", f"{path} shares its weight with another layer.", "keep its adapter unmerged.")
         for layer in self._adapters():
             layer.merge()
 
@@ -139,16 +139,29 @@ class Tuned:
             layer.unmerge()
 
     @contextlib.contextmanager
-    def disable(self) -> Iterator[None]:
-        """The base without its adapters, inside a `with` block. Fully tuned parts stay as they are tuned."""
-        layers = self._adapters()
-        for layer in layers:
-            layer.enabled = False
+    def _unmerged(self) -> Iterator[None]:
+        """The adapters apart from their base inside a `with` block; merged again after it if they were."""
+        merged = [layer for layer in self._adapters() if layer.merged_from is not None]
+        for layer in merged:
+            layer.unmerge()
         try:
             yield
         finally:
-            for layer in layers:
-                layer.enabled = True
+            for layer in merged:
+                layer.merge()
+
+    @contextlib.contextmanager
+    def disable(self) -> Iterator[None]:
+        """The base without its adapters, merged or not, inside a `with` block. Fully tuned parts stay as they are."""
+        with self._unmerged():
+            enabled = [layer for layer in self._adapters() if layer.enabled]
+            for layer in enabled:
+                layer.enabled = False
+            try:
+                yield
+            finally:
+                for layer in enabled:
+                    layer.enabled = True
 
     def remove(self) -> None:
         """Take the adapters out: the base layers stand again, bit for bit.
@@ -157,30 +170,42 @@ class Tuned:
         """
         full = [a.name for a in self.applied.values() if isinstance(a.tuner, Full)]
         if full:
-            raise ModelError("M553", f"'{full[0]}' tuned its part in place and cannot be removed.", "load the base again.")
-        self.unmerge()
-        for path, layer in [(n, m) for n, m in self.model.named_modules() if isinstance(m, AdaptedLinear)]:
-            replace_module(self.model, path, layer.base_layer)
+            message = f"'{full[0]}' tuned its part in place and cannot be removed."
+            raise ModelError("M553", message, "load the base again.")
+        self._take_out(self._adapters())
         self.applied, self.active = {}, set()
         self.model.requires_grad_(False)
 
+    def _take_out(self, layers: Sequence[LoRALinear]) -> None:
+        chosen = {id(layer) for layer in layers}
+        for path, layer in [(n, m) for n, m in self.model.named_modules() if id(m) in chosen]:
+            if isinstance(layer, LoRALinear):
+                layer.unmerge()
+                replace_module(self.model, path, layer.base_layer)
+
     def table(self) -> list[dict[str, object]]:
         """Rows of the trainable table: part, tuners, trainable and total parameters, each tensor counted once."""
-        part_of = parts_by_name(self.model, self.parts)
-        names = {k: a.name for a in self.applied.values() if a.name in self.active for k in a.parameters}
-        rows: dict[str, dict[str, object]] = {}
-        for name, parameter in self.model.named_parameters():
-            row = rows.setdefault(part_of[name], {"part": part_of[name], "tuners": set(), "trainable": 0, "total": 0})
-            row["total"] = int(str(row["total"])) + parameter.numel()
-            if parameter.requires_grad:
-                row["trainable"] = int(str(row["trainable"])) + parameter.numel()
-                row["tuners"] = {*list(row["tuners"]), names.get(name, "?")}  # type: ignore[call-overload]
-        return [{**row, "tuners": sorted(row["tuners"])} for row in rows.values()]  # type: ignore[call-overload]
+        tuner_of = {key: name for name, parameters in self.claims().items() for key in parameters}
+        adapters = [(path, m) for path, m in self.model.named_modules() if isinstance(m, AdaptedLinear)]
+        inside = {
+            f"{path}.{k}" for path, m in adapters for k, _ in m.named_parameters() if not k.startswith("base_layer.")
+        }
+        return parameter_table(self.model, self.parts, tuner_of, inside)
 
 
-def _structure(tuner: Tuner) -> tuple[object, ...]:
-    """What must agree for two tuners to mean the same parameters."""
-    return (tuner.r, tuner.scale, tuner.targets, tuner.part) if isinstance(tuner, LoRA) else (tuner.kind, tuner.part)
+def refuse_conflict(name: str, tuner: Tuner, others: Mapping[str, Tuner]) -> None:
+    """Raise ModelError M552 if a new tuner has the name of another, or is a second LoRA on the same part."""
+    for other_name, other in others.items():
+        both_lora = isinstance(tuner, LoRA) and isinstance(other, LoRA)
+        if other_name == name or (both_lora and tuner.part == other.part):
+            message = f"tuner '{name}' ({tuner.kind} on {tuner.part}) meets another '{other_name}' there."
+            raise ModelError("M552", message, "use one of them, or the same settings (but lr) under the same name.")
+
+
+def structure(tuner: Tuner) -> tuple[str, dict[str, object]]:
+    """What must agree for two tuners to mean the same parameters used the same way: all but the learning rate."""
+    values = {key: value for key, value in vars(tuner).items() if key != "lr"}
+    return tuner.kind, values | ({"alpha": tuner.numerator} if isinstance(tuner, LoRA) else {})
 
 
 def tune(model: nn.Module, tuners: Sequence[Tuner] | Mapping[str, Tuner], parts: Parts | None = None) -> Tuned:
@@ -206,6 +231,8 @@ def _named(tuners: Sequence[Tuner]) -> dict[str, Tuner]:
         if name in names:
             name = f"{tuner.kind}_{tuner.part}"
         if name in names:
-            raise ModelError("M552", f"two tuners are called '{name}'{nearest(name, names)}", "name them: tune(model, {'a': ..., 'b': ...}).")
+            raise ModelError(
+                "M552", f"two tuners are called '{name}'.", "name them: tune(model, {'a': ..., 'b': ...})."
+            )
         names[name] = tuner
     return names

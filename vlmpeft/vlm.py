@@ -1,24 +1,25 @@
-"""The model we assemble: encoder -> projector -> splice -> causal LM. Letters: b batch, s sequence, i images, n tokens, d width."""
+"""The model we assemble: encoder -> projector -> splice -> causal LM.
+
+Letters: b batch, s sequence, i images, n tokens of an image, k after the projector, d width, m supervised tokens.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from vlmpeft.batch import IMAGE_TOKEN_ID, supervised_index
 from vlmpeft.errors import ModelError
-from vlmpeft.language import decoder_of, logits_of
+from vlmpeft.language import decoder_of, hidden_states, logits_of
 from vlmpeft.loss import answer_loss
 from vlmpeft.parts import Parts
 from vlmpeft.routing import position_ids, routing_of, turn_mask
 
 
-@dataclass
-class VLMOutput:
-    """What a forward gives.
+class VLMOutput(NamedTuple):
+    """What a forward gives; the loss comes first, where `transformers.Trainer` looks for it.
 
     Args:
         loss: sum of the cross entropy over supervised tokens, divided by `num_items_in_batch` or else their number.
@@ -47,7 +48,7 @@ class VLM(nn.Module):
     def parts(self) -> Parts:
         """The anatomy of this model."""
         head: nn.Module = self.language.get_output_embeddings()
-        blocks = [m for m in decoder_of(self.language).children() if isinstance(m, nn.ModuleList)][0]
+        blocks = next(m for m in decoder_of(self.language).children() if isinstance(m, nn.ModuleList))
         return Parts(self.vision, self.projector, self.language, head, list(blocks), IMAGE_TOKEN_ID)
 
     def image_embeddings(self, pixel_values: Tensor) -> Tensor:
@@ -65,13 +66,24 @@ class VLM(nn.Module):
         Returns: (b, s, width).
         Raises: ModelError M515 if placeholders and image tokens differ in number (checked where it costs no wait).
         """
-        embeddings: Tensor = self.language.get_input_embeddings()(input_ids.masked_fill(visual, 0))
+        ids = input_ids.masked_fill(input_ids == IMAGE_TOKEN_ID, 0)  # even one under the padding is no token's id
+        embeddings: Tensor = self.language.get_input_embeddings()(ids)
         if pixel_values is None:
             self._check_count(visual, 0)
-            return embeddings
+            return embeddings + self._no_images().to(embeddings.dtype)
         images = self.image_embeddings(pixel_values)
         self._check_count(visual, images.shape[0] * images.shape[1])
         return embeddings.masked_scatter(visual[..., None], images)
+
+    def _no_images(self) -> Tensor:
+        """A zero that depends on all that trains before the LM, so that a text-only batch has the graph of the others.
+
+        Without it a stage that trains the projector alone has nothing to differentiate there, and processes that wait
+        for each other's gradients hang.
+        """
+        trained = [p for part in (self.vision, self.projector) for p in part.parameters() if p.requires_grad]
+        device = self.language.get_input_embeddings().weight.device
+        return sum((p.flatten()[:1].sum() * 0 for p in trained), start=torch.zeros((), device=device))
 
     @staticmethod
     def _check_count(visual: Tensor, tokens: int) -> None:
@@ -100,9 +112,7 @@ class VLM(nn.Module):
         routing = routing_of(input_ids, mask, labels, IMAGE_TOKEN_ID)
         embeddings = self.embed(input_ids, routing.visual, pixel_values)
         bias = mask if turns is None else turn_mask(mask, turns, embeddings.dtype)
-        hidden: Tensor = decoder_of(self.language)(
-            inputs_embeds=embeddings, attention_mask=bias, position_ids=position_ids(mask, turns), use_cache=False
-        ).last_hidden_state
+        hidden = hidden_states(self.language, embeddings, bias, position_ids(mask, turns))
         if labels is None:
             return VLMOutput(None, logits_of(self.language, hidden))
         index = supervised_index(labels) if supervised is None else supervised

@@ -1,16 +1,28 @@
-"""Reading and naming tuned tensors: strict, or not at all."""
+"""Tuned tensors and their files: PEFT folders for adapters, one file for the rest; read strictly, or not at all."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
+from vlmpeft import fs
 from vlmpeft.errors import ModelError
+from vlmpeft.parts import Parts, adapter_root, path_of
+from vlmpeft.tuners.lora import LoRA, read_adapter_config
 
+if TYPE_CHECKING:
+    from vlmpeft.tune import Applied
+
+Pending = list[tuple[Mapping[str, nn.Parameter], Mapping[str, Tensor]]]
+ADAPTERS = "adapters"
+ADAPTER_FILE = "adapter_model.safetensors"
+TRAINED = "trained.safetensors"
 PEFT_PREFIX = "base_model.model."
+SAME = "was it trained with the same tuners and base?"
 
 
 def plain_name(name: str) -> str:
@@ -26,7 +38,8 @@ def peft_key(name: str, root_prefix: str) -> str:
 def read_strict(path: Path, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Read a safetensors file whose keys, shapes and finiteness must all be right.
 
-    Raises: ModelError M502 naming the first missing, extra or misshapen tensor, M503 one that is not finite.
+    Raises: ModelError M502 naming the first missing, extra or misshapen tensor or one of another kind of number, M503
+        one that is not finite in the model's dtype.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -35,18 +48,28 @@ def read_strict(path: Path, expected: Mapping[str, Tensor]) -> dict[str, Tensor]
         raise ModelError("M502", f"no weights file {path}.", "check the directory.")
     try:
         found = load_file(path)
-    except SafetensorError as error:
-        raise ModelError("M502", f"{path} is not a safetensors file: {error}.", "restore it from another checkpoint.") from error
-    for problem, names in (("lacks", expected.keys() - found.keys()), ("has the unknown", found.keys() - expected.keys())):
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+        fix = "restore it from another checkpoint."
+        raise ModelError("M502", f"{path} is not a safetensors file: {error}.", fix) from error
+    missing, extra = expected.keys() - found.keys(), found.keys() - expected.keys()
+    for problem, names in (("lacks", missing), ("has the unknown", extra)):
         if names:
-            raise ModelError("M502", f"{path} {problem} tensor '{min(names)}' ({len(names)} such).", "was it trained with the same tuners and base?")
+            raise ModelError("M502", f"{path} {problem} tensor '{min(names)}' ({len(names)} such).", SAME)
     for name, tensor in found.items():
-        if tensor.shape != expected[name].shape:
-            shapes = f"{tuple(tensor.shape)}, the model's is {tuple(expected[name].shape)}"
-            raise ModelError("M502", f"{path}: tensor '{name}' is {shapes}.", "was it trained with the same tuners and base?")
-        if not torch.isfinite(tensor).all():
-            raise ModelError("M503", f"{path}: tensor '{name}' holds NaN or infinity.", "use an earlier checkpoint.")
+        _check(path, name, tensor, expected[name])
     return found
+
+
+def _check(path: Path, name: str, tensor: Tensor, expected: Tensor) -> None:
+    """Raise unless `tensor` can stand where `expected` stands."""
+    if tensor.shape != expected.shape:
+        shapes = f"{tuple(tensor.shape)}, the model's is {tuple(expected.shape)}"
+        raise ModelError("M502", f"{path}: tensor '{name}' is {shapes}.", SAME)
+    if tensor.is_floating_point() != expected.is_floating_point() or tensor.is_complex() != expected.is_complex():
+        kinds = f"{tensor.dtype}, the model's is {expected.dtype}".replace("torch.", "")
+        raise ModelError("M502", f"{path}: tensor '{name}' holds {kinds}.", SAME)
+    if not torch.isfinite(tensor.to(expected.dtype)).all():
+        raise ModelError("M503", f"{path}: tensor '{name}' holds NaN or infinity.", "use an earlier checkpoint.")
 
 
 @torch.no_grad()
@@ -54,3 +77,83 @@ def assign(parameters: Mapping[str, nn.Parameter], values: Mapping[str, Tensor])
     """Copy values into parameters of the same names."""
     for name, parameter in parameters.items():
         parameter.copy_(values[name])
+
+
+def write_tuned(applied: Iterable[Applied], model: nn.Module, parts: Parts, directory: Path) -> set[str]:
+    """Write `adapters/<name>/` in PEFT's format for every adapter and `trained.safetensors` for the rest.
+
+    Returns: names of the parameters written.
+    """
+    written: set[str] = set()
+    rest: dict[str, Tensor] = {}
+    for one in applied:
+        if isinstance(one.tuner, LoRA):
+            _write_adapter(one, one.tuner, model, parts, directory / ADAPTERS / one.name)
+        else:
+            rest |= {plain_name(k): p for k, p in one.parameters.items()}
+        written |= set(one.parameters)
+    if rest:
+        fs.write_tensors(directory / TRAINED, rest)
+    return written
+
+
+def _write_adapter(applied: Applied, tuner: LoRA, model: nn.Module, parts: Parts, directory: Path) -> None:
+    root, prefix = _root(tuner, model, parts)
+    tensors = {peft_key(k, prefix): p for k, p in applied.parameters.items()}
+    targets = sorted({k.removeprefix(prefix).rsplit(".", 2)[0] for k in applied.parameters})
+    base = str(getattr(getattr(root, "config", None), "_name_or_path", "") or "")
+    fs.write_tensors(directory / ADAPTER_FILE, tensors)
+    fs.write_json(directory / "adapter_config.json", tuner.peft_config(base, targets))
+
+
+def _root(tuner: LoRA, model: nn.Module, parts: Parts) -> tuple[nn.Module, str]:
+    """The module an adapter file is relative to, and its path with a dot."""
+    root = adapter_root(model, parts) if tuner.part in ("language", "lm_head") else parts.get(tuner.part)
+    path = path_of(model, root)
+    return root, f"{path}." if path else ""
+
+
+def read_tuned(applied: Iterable[Applied], model: nn.Module, parts: Parts, directory: Path) -> Pending:
+    """Read what `write_tuned` wrote, or a single PEFT folder.
+
+    Returns: parameters and their new values, all checked, none assigned yet.
+    Raises: ModelError M502, M503, M554.
+    """
+    applied = list(applied)
+    adapters = {one.name for one in applied if isinstance(one.tuner, LoRA)}
+    pending: Pending = []
+    rest: dict[str, nn.Parameter] = {}
+    for one in applied:
+        if isinstance(one.tuner, LoRA):
+            folder = _adapter_folder(directory, one.name, adapters)
+            _check_scale(folder, one.tuner)
+            prefix = _root(one.tuner, model, parts)[1]
+            expected = {peft_key(k, prefix): p for k, p in one.parameters.items()}
+            pending.append((expected, read_strict(folder / ADAPTER_FILE, expected)))
+        else:
+            rest |= {plain_name(k): p for k, p in one.parameters.items()}
+    if rest or (directory / TRAINED).exists():
+        pending.append((rest, read_strict(directory / TRAINED, rest)))
+    return pending
+
+
+def _adapter_folder(directory: Path, name: str, adapters: set[str]) -> Path:
+    """Where an adapter lies: its folder among those that were saved, or a PEFT folder by itself."""
+    folder = directory / ADAPTERS
+    if not folder.is_dir():
+        return directory
+    there = {path.name for path in folder.iterdir() if path.is_dir()}
+    if there != adapters:
+        message = f"{folder} holds the adapters {sorted(there)}, but the tuners here are {sorted(adapters)}."
+        raise ModelError("M502", message, "apply the tuners it was saved with.")
+    return folder / name
+
+
+def _check_scale(folder: Path, tuner: LoRA) -> None:
+    """Raise unless an adapter folder was trained with this tuner's rank and scale: equal shapes do not tell."""
+    config = read_adapter_config(folder)
+    found = (config["r"], float(config["lora_alpha"]), bool(config.get("use_rslora")))
+    if found != (tuner.r, tuner.numerator, tuner.rslora):
+        ours = f"{tuner.r}, {tuner.numerator:g}, {tuner.rslora}"
+        message = f"{folder} has r, alpha, rslora = {found[0]}, {found[1]:g}, {found[2]}; the tuner here has {ours}."
+        raise ModelError("M502", message, "apply the tuner it was trained with, or lora_from_peft(directory).")

@@ -8,7 +8,7 @@ from typing import ClassVar, Protocol
 from torch import nn
 
 from vlmpeft.errors import ConfigError
-from vlmpeft.parts import Parts
+from vlmpeft.parts import PARTS, Parts
 from vlmpeft.registry import Registry
 
 
@@ -31,6 +31,11 @@ class Tuner(Protocol):
 
 
 TUNERS: Registry[Tuner] = Registry("tuner")
+
+
+def check_part(part: str, key: str) -> None:
+    """Raise ConfigError C102 unless `part` is the name of one."""
+    check(part in PARTS, key, part, "one of " + ", ".join(PARTS))
 
 
 def check(condition: bool, key: str, value: object, allowed: str) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from vlmpeft.parts import Parts, path_of
-from vlmpeft.tuners.base import TUNERS, check
+from vlmpeft.tuners.base import TUNERS, check, check_part
 
 
 @TUNERS.register("full")
@@ -28,6 +28,7 @@ class Full:
     lr: float | None = None
 
     def __post_init__(self) -> None:
+        check_part(self.part, "full.part")
         check(self.lr is None or 0 < self.lr <= 1, "full.lr", self.lr, "a number in (0, 1]")
 
     def apply(self, model: nn.Module, parts: Parts) -> Mapping[str, nn.Parameter]:

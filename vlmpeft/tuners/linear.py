@@ -34,27 +34,46 @@ def find_linears(model: nn.Module, parts: Parts, part: str, targets: str | Seque
         targets: "all-linear", "minimal" (q, v), "standard" (q, k, v, o), or exact last names of layers.
 
     Returns: layers by their path in `model`.
-    Raises: ModelError M550 if a name matches nothing in the part.
+    Raises: ModelError M550 if a name matches nothing in the part; M552 if a layer carries an adapter already.
     """
-    roots = list(parts.blocks) if part == "language" else [parts.get(part)]
-    found: dict[str, nn.Module] = {}
-    for root in roots:
-        prefix = path_of(model, root)
-        for name, module in root.named_modules():
-            if is_linear(module) and not isinstance(module, AdaptedLinear):
-                found[".".join(p for p in (prefix, name) if p)] = module
+    found = _linears(model, list(parts.blocks) if part == "language" else [parts.get(part)])
     if targets == ALL_LINEAR:
         chosen = found
     else:
-        names = [targets] if isinstance(targets, str) and targets not in PRESETS else PRESETS.get(str(targets), targets)
+        names = _names(targets)
         known = {path.rsplit(".", 1)[-1] for path in found}
         for name in names:
             if name not in known:
-                raise ModelError("M550", f"no linear layer '{name}' in {part}{nearest(name, known)}", "name layers exactly, or use targets=all-linear.")
+                fix = "name layers exactly, or use targets=all-linear."
+                raise ModelError("M550", f"no linear layer '{name}' in {part}{nearest(name, known)}", fix)
         chosen = {path: module for path, module in found.items() if path.rsplit(".", 1)[-1] in names}
     if not chosen:
-        raise ModelError("M550", f"no linear layer in {part} to put an adapter on.", "choose another part.")
+        raise ModelError("M550", f"no linear layer in {part} to put an adapter on.", "choose another part or targets.")
+    for path, module in chosen.items():
+        if isinstance(module, AdaptedLinear):
+            raise ModelError("M552", f"{path} already carries an adapter.", "merge() or remove() it first.")
     return chosen
+
+
+def _linears(model: nn.Module, roots: Sequence[nn.Module]) -> dict[str, nn.Module]:
+    """Linear layers below `roots` by their path in `model`; one with an adapter as a whole, never its insides."""
+    found: dict[str, nn.Module] = {}
+    for root in roots:
+        prefix = path_of(model, root)
+        inside: set[nn.Module] = set()
+        for name, module in root.named_modules():
+            if isinstance(module, AdaptedLinear):
+                inside.update(module.children())
+            if isinstance(module, AdaptedLinear) or (is_linear(module) and module not in inside):
+                found[".".join(p for p in (prefix, name) if p)] = module
+    return found
+
+
+def _names(targets: str | Sequence[str]) -> Sequence[str]:
+    """The layer names that a preset, a name or a list of names stands for."""
+    if isinstance(targets, str):
+        return PRESETS.get(targets, (targets,))
+    return targets
 
 
 def replace_module(model: nn.Module, path: str, module: nn.Module) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from vlmpeft.errors import ModelError
 from vlmpeft.parts import Parts
-from vlmpeft.tuners.base import TUNERS, check
+from vlmpeft.tuners.base import TUNERS, check, check_part
 from vlmpeft.tuners.linear import ALL_LINEAR, AdaptedLinear, find_linears, replace_module
 
 
@@ -24,6 +24,8 @@ class LoRALinear(AdaptedLinear):
     Initialised as loralib does (loralib/layers.py:119): A Kaiming-uniform with a = sqrt(5), B zero, so that the layer
     starts as its base.
     """
+
+    base_layer: nn.Linear
 
     def __init__(self, base: nn.Linear, r: int, scale: float, dropout: float) -> None:
         super().__init__(base)
@@ -35,6 +37,7 @@ class LoRALinear(AdaptedLinear):
         self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
         self.scale, self.enabled = scale, True
         self.merged_from: Tensor | None = None  # the base weight as it was before `merge`
+        self.train(base.training)  # or the dropout would act in a model that is in eval mode
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., d_in) -> (..., d_out) in the base's dtype."""
@@ -42,11 +45,16 @@ class LoRALinear(AdaptedLinear):
         if not self.enabled or self.merged_from is not None:
             return out
         low = self.lora_A(self.dropout(self._to_adapter(x)))  # (..., r)
-        return out + (self.lora_B(low) * self.scale).to(out.dtype)
+        if low.dtype == out.dtype:  # one product that adds into the output: no (..., d_out) tensor of its own
+            rows, low = out.reshape(-1, out.shape[-1]), low.reshape(-1, low.shape[-1])
+            return torch.addmm(rows, low, self.lora_B.weight.T, alpha=self.scale).view(out.shape)
+        return (out + self.lora_B(low) * self.scale).to(out.dtype)
 
     def _to_adapter(self, x: Tensor) -> Tensor:
         """Autocast chooses the dtype of the products; without it the adapter computes in its own."""
-        return x if torch.is_autocast_enabled(x.device.type) else x.to(self.lora_A.weight.dtype)
+        kind = x.device.type
+        autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+        return x if autocast else x.to(self.lora_A.weight.dtype)
 
     def delta(self) -> Tensor:
         """The weight update scale * B A, (d_out, d_in), fp32."""
@@ -56,14 +64,14 @@ class LoRALinear(AdaptedLinear):
     def merge(self) -> None:
         """Fold the update into the base weight; `unmerge` brings the old weight back bit for bit."""
         weight = self.base_layer.weight
-        if self.merged_from is None and isinstance(weight, Tensor):
+        if self.merged_from is None:
             self.merged_from = weight.detach().clone()
-            weight.copy_((weight.float() + self.delta()).to(weight.dtype))
+            weight.copy_(weight + self.delta())  # the sum in fp32 or wider, rounded once
 
     @torch.no_grad()
     def unmerge(self) -> None:
         """Undo `merge`."""
-        if self.merged_from is not None and isinstance(self.base_layer.weight, Tensor):
+        if self.merged_from is not None:
             self.base_layer.weight.copy_(self.merged_from)
             self.merged_from = None
 
@@ -94,6 +102,7 @@ class LoRA:
     lr: float | None = None
 
     def __post_init__(self) -> None:
+        check_part(self.part, "lora.part")
         check(self.r >= 1, "lora.r", self.r, "an integer of at least 1")
         check(0 <= self.dropout < 1, "lora.dropout", self.dropout, "a number in [0, 1)")
         check(self.alpha is None or self.alpha > 0, "lora.alpha", self.alpha, "a number above 0")
@@ -113,19 +122,19 @@ class LoRA:
         """Wrap the target layers. Returns: A and B of each, by name."""
         trained: dict[str, nn.Parameter] = {}
         for path, linear in find_linears(model, parts, self.part, self.targets).items():
-            if not isinstance(linear, nn.Linear):
-                raise ModelError("M551", f"{path} is a {type(linear).__name__}, which LoRA cannot wrap.")
+            if not isinstance(linear, nn.Linear) or linear is parts.projector:
+                fix = "tune it with a tuner of kind full."
+                raise ModelError("M551", f"{path} is a {type(linear).__name__}, which LoRA cannot wrap.", fix)
             layer = LoRALinear(linear, self.r, self.scale, self.dropout)
             replace_module(model, path, layer)
-            trained[f"{path}.lora_A.weight"] = layer.lora_A.weight
-            trained[f"{path}.lora_B.weight"] = layer.lora_B.weight
+            trained |= {f"{path}.{k}": p for k, p in layer.named_parameters() if k.startswith("lora_")}
         return trained
 
     def peft_config(self, base: str, targets: list[str]) -> dict[str, Any]:
         """adapter_config.json as `peft` reads it. Args: targets: layer paths relative to the adapter's root."""
         return {
             "peft_type": "LORA",
-            "task_type": "CAUSAL_LM",
+            "task_type": "CAUSAL_LM" if self.part in ("language", "lm_head") else None,
             "base_model_name_or_path": base,
             "r": self.r,
             "lora_alpha": self.numerator,
@@ -137,16 +146,46 @@ class LoRA:
         }
 
 
-def lora_from_peft(directory: Path) -> LoRA:
+def lora_from_peft(directory: Path, part: str = "language") -> LoRA:
     """The LoRA that a PEFT adapter folder describes; `Tuned.load` then reads its weights.
 
-    Raises: ModelError M554 for settings that change the mathematics and that this tuner does not have.
+    Args: part: where the adapter sits; PEFT's file does not say.
+    Raises: ModelError M502 if there is no such file, M554 for settings that this tuner does not have.
     """
-    config = json.loads((Path(directory) / "adapter_config.json").read_text(encoding="utf-8"))
-    plain = {"bias": "none", "use_dora": False, "rank_pattern": {}, "alpha_pattern": {}, "modules_to_save": None, "layers_to_transform": None}
-    for key, value in {"peft_type": "LORA", **plain}.items():
-        if (config.get(key) or value) != value:
-            raise ModelError("M554", f"{directory}/adapter_config.json sets {key}={config[key]!r}, which tuner lora does not have.")
-    targets = config["target_modules"]
-    names = targets if isinstance(targets, str) else tuple(sorted({t.rsplit(".", 1)[-1] for t in targets}))
-    return LoRA(config["r"], config["lora_alpha"], config["lora_dropout"], names, rslora=bool(config.get("use_rslora")))
+    config = read_adapter_config(Path(directory))
+    targets = config.get("target_modules")
+    if isinstance(targets, str) and targets != ALL_LINEAR:
+        raise ModelError("M554", f"{directory}: target_modules={targets!r} is a pattern.", "list the layers' names.")
+    names = ALL_LINEAR if isinstance(targets, str) else tuple(sorted({t.rsplit(".", 1)[-1] for t in targets or ()}))
+    return LoRA(
+        int(config["r"]), float(config["lora_alpha"]), float(config.get("lora_dropout", 0.0)), names, part,
+        rslora=bool(config.get("use_rslora")),
+    )  # fmt: skip
+
+
+def read_adapter_config(directory: Path) -> dict[str, Any]:
+    """adapter_config.json of a PEFT folder that describes plain LoRA.
+
+    Raises: ModelError M502 if it is missing or damaged, M554 for settings that change the mathematics.
+    """
+    path = directory / "adapter_config.json"
+    try:
+        config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ModelError("M502", f"{path} cannot be read: {error}.", "check the directory.") from error
+    if not isinstance(config, dict) or not all(isinstance(config.get(k), int | float) for k in ("r", "lora_alpha")):
+        raise ModelError("M502", f"{path} gives no numbers r and lora_alpha.", "check the directory.")
+    if config.get("peft_type") != "LORA":
+        raise ModelError("M554", f"{path} describes {config.get('peft_type')!r}, not LORA.")
+    for key in _NOT_OURS:
+        if config.get(key) and config[key] != "none":
+            raise ModelError("M554", f"{path} sets {key}={config[key]!r}, which tuner lora does not have.")
+    return config
+
+
+_NOT_OURS = (
+    "alora_invocation_tokens", "alpha_pattern", "arrow_config", "bias", "fan_in_fan_out", "kasa_config",
+    "layer_replication", "lora_bias", "modules_to_save", "monteclora_config", "rank_pattern", "target_parameters",
+    "trainable_token_indices", "use_bdlora", "use_dora", "use_qalora", "velora_config",
+)  # fmt: skip
+"""Keys of peft's LoraConfig that change what the adapter computes or what its file holds."""

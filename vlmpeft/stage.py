@@ -1,0 +1,60 @@
+"""What a stage trains on, in which order, and what is left to say of it: pure functions of recipe and seed."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from vlmpeft.data import Sample, epoch_batches
+from vlmpeft.recipe import Stage
+
+
+@dataclass(frozen=True)
+class StageData:
+    """Samples of a stage and how an image file becomes a tensor."""
+
+    train: Sequence[Sample]
+    held_out: Sequence[Sample]
+    load: Callable[[Path], Tensor]
+    workers: int
+
+
+@dataclass(frozen=True)
+class StageResult:
+    """What the report says of a stage."""
+
+    name: str
+    steps: int
+    seconds: float
+    samples: int
+    final_loss: float | None
+    best_step: int | None
+    trainable: list[dict[str, object]]
+
+
+def total_steps(stage: Stage, samples: int) -> int:
+    """Optimizer steps of a stage: `optim.steps`, or `optim.epochs` over the samples."""
+    per_epoch = math.ceil(samples / stage.batch.size)
+    return stage.optim.steps or max(1, round(stage.optim.epochs * per_epoch))
+
+
+def counter_seed(*counters: object) -> int:
+    """A seed that depends on every counter and on nothing else."""
+    digest = hashlib.sha256("/".join(map(str, counters)).encode()).digest()
+    return int.from_bytes(digest[:4], "big")
+
+
+def planned(stage: Stage, samples: Sequence[Sample], seed: int, first: int, last: int) -> Iterator[list[int]]:
+    """Sample indices of optimizer steps `first` to `last` - 1."""
+    per_epoch = math.ceil(len(samples) / stage.batch.size)
+    batches: list[list[int]] = []
+    for step in range(first, last):
+        epoch, within = divmod(step, per_epoch)
+        if not batches or within == 0:
+            batches = epoch_batches(samples, stage.batch.size, stage.batch.group, seed, epoch)
+        yield batches[within]
