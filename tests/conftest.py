@@ -39,11 +39,23 @@ def make_tokenizer(bos: bool = False) -> Any:
     core.decoder = decoders.ByteLevel()
     special = ["<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>"]
     text = [f"Is there a {c} image? What is shown? A photo of a {c} square. Yes No USER: ASSISTANT:" for c in COLOURS]
-    core.train_from_iterator(text, trainers.BpeTrainer(vocab_size=400, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    core.train_from_iterator(
+        text,
+        trainers.BpeTrainer(
+            vocab_size=400, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+        ),
+    )
     if bos:
-        core.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", core.token_to_id("<s>"))])
+        core.post_processor = processors.TemplateProcessing(
+            single="<s> $A", special_tokens=[("<s>", core.token_to_id("<s>"))]
+        )
     return PreTrainedTokenizerFast(
-        tokenizer_object=core, bos_token="<s>" if bos else None, eos_token="</s>", unk_token="<unk>", pad_token="</s>", chat_template=CHATML
+        tokenizer_object=core,
+        bos_token="<s>" if bos else None,
+        eos_token="</s>",
+        unk_token="<unk>",
+        pad_token="</s>",
+        chat_template=CHATML,
     )
 
 
@@ -94,18 +106,33 @@ def write_data(folder: Path, count: int = 12) -> dict[str, str]:
     """A small LLaVA data set of flat pictures with text-only rows. Returns: overrides of a recipe's data section."""
     rng = random.Random(0)
     pictures = write_images(folder / "images", count)
-    pretrain = [_record(f"p{i}", name, [("<image>\nDescribe the image.", f"A {colour} square.")]) for i, (name, colour) in enumerate(pictures)]
+    pretrain = [
+        _record(f"p{i}", name, [("<image>\nDescribe the image.", f"A {colour} square.")])
+        for i, (name, colour) in enumerate(pictures)
+    ]
     instruct = []
     for i, (name, colour) in enumerate(pictures):
         other = rng.choice([c for c in COLOURS if c != colour])
-        turns = [(f"<image>\nIs there a {colour} square?", "Yes"), (f"Is there a {other} square?", "No"), ("What is shown?", f"A {colour} square")]
+        turns = [
+            (f"<image>\nIs there a {colour} square?", "Yes"),
+            (f"Is there a {other} square?", "No"),
+            ("What is shown?", f"A {colour} square"),
+        ]
         instruct.append(_record(f"i{i}", name, turns))
     instruct += [_record(f"t{i}", None, [(f"What is {i} plus 1?", str(i + 1))]) for i in range(4)]
-    questions = [{"question_id": i, "image": name, "text": f"Is there a {c} square?", "label": "yes" if c == colour else "no"} for i, ((name, colour), c) in enumerate(zip(pictures, list(COLOURS) * 3, strict=False))]
+    asked = [list(COLOURS)[(i + i % 2) % 4] for i in range(len(pictures))]  # as many yes as no
+    questions = [
+        {"question_id": i, "image": name, "text": f"Is there a {c} square?", "label": "yes" if c == colour else "no"}
+        for i, ((name, colour), c) in enumerate(zip(pictures, asked, strict=True))
+    ]
     (folder / "pretrain.json").write_text(json.dumps(pretrain))
     (folder / "instruct.json").write_text(json.dumps(instruct))
     (folder / "pope.jsonl").write_text("".join(json.dumps(q) + "\n" for q in questions))
-    return {"pretrain": str(folder / "pretrain.json"), "instruct": str(folder / "instruct.json"), "images": str(folder / "images")}
+    return {
+        "pretrain": str(folder / "pretrain.json"),
+        "instruct": str(folder / "instruct.json"),
+        "images": str(folder / "images"),
+    }
 
 
 def _record(uid: str, image: str | None, turns: list[tuple[str, str]]) -> dict[str, Any]:

@@ -20,10 +20,10 @@ FOLDERS = {
 }
 LEVELS: dict[int, str] = {
     4: "__main__ train generate scenes",
-    3: "build checkpoint resume preflight align workspace loop run evaluation "
+    3: "build checkpoint resume preflight workspace loop run evaluation "
     "eval eval.paths eval.pope eval.rows eval.runner eval.short",
     2: "config sections yaml_file recipe records data stage features vlm tune weights optim language prefix decode "
-    "trackers report report_data report_sections report_style charts scene_questions",
+    "trackers align report report_data report_sections report_style charts scene_questions",
     1: "vision vision_weights encoder template images projectors projectors.linear projectors.mlp projectors.ldp "
     "tuners tuners.full tuners.lora steering recipes",
     0: "batch parts routing registry errors fs loss schema sources safe_paths layouts manifest sampling stopping "

@@ -158,7 +158,9 @@ def build(recipe: Recipe) -> Bundle:
 def enter_stage(bundle: Bundle, stage: Stage) -> None:
     """Make exactly what a stage trains trainable; earlier tuners stay in place, frozen, and go on being saved."""
     bundle.stage = stage
-    bundle.tuned.apply(stage.tuners)
+    with torch.random.fork_rng():  # new adapters start alike whatever was drawn before, resumed or not
+        torch.manual_seed(bundle.recipe.run.seed)
+        bundle.tuned.apply(stage.tuners)
 
 
 def dry_run(recipe: Recipe) -> dict[str, list[dict[str, object]]]:

@@ -70,7 +70,7 @@ def answer(
     Returns: answers in the order of `requests`; the same texts as one by one.
     """
     asked = [_Asked(r, encoder.encode([exchange_of(r)])) for r in requests]
-    words = None if contrast is None else tuple(_first_token(encoder.tokenizer, word) for word in contrast)
+    words = None if contrast is None else tuple(_first_token(encoder, word) for word in contrast)
     stops = _stops(encoder)
     answers: dict[int, Answer] = {}
     model.eval()
@@ -172,8 +172,10 @@ def _pil(image: Path | Image.Image) -> Image.Image:
     return to_rgb(image, Path("image")) if isinstance(image, Image.Image) else open_image(Path(image))
 
 
-def _first_token(tokenizer: Any, word: str) -> int:
-    ids: list[int] = tokenizer(word, add_special_tokens=False)["input_ids"]
+def _first_token(encoder: TurnEncoder, word: str) -> int:
+    """The token an answer that starts with `word` starts with, in the encoder's template."""
+    segments = encoder.template.segments([Exchange(("q",), word)], None)
+    ids = next((encoder.segment_ids(s) for s in segments if s.kind == "answer"), ())
     if not ids:
         raise ModelError("M514", f"the tokenizer has no token for '{word}'.")
     return ids[0]

@@ -53,6 +53,8 @@ def empty_language(name: str) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     source = resolve(name)
+    if source.endswith(".gguf"):
+        source = str(_converted(Path(source)))
     try:
         with hub_or_cache():
             config = AutoConfig.from_pretrained(source, trust_remote_code=False)

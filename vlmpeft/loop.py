@@ -49,7 +49,6 @@ class StageTrainer:
     ) -> None:  # fmt: skip
         self.bundle, self.name, self.stage, self.data, self.run = bundle, name, stage, data, run
         self.run_dir, self.accelerator, self.position, self.facts = run_dir, accelerator, position, facts
-        set_seed(counter_seed(run.seed, position.stage, "adapters"))  # new adapters start alike, resumed or not
         enter_stage(bundle, stage)
         checkpoint_activations(bundle.model.language, stage.gradient_checkpointing)
         groups = parameter_groups(bundle.tuned, stage.optim.lr, stage.optim.weight_decay)
@@ -139,8 +138,7 @@ class StageTrainer:
             with contextlib.nullcontext() if last else accelerator.no_sync(model):
                 batch = loaded.batch.to(accelerator.device)
                 loss = model(**batch.tensors(), num_items_in_batch=supervised).loss
-                if loss.requires_grad:  # not so where only the projector trains and no sample has an image
-                    accelerator.backward(loss * accelerator.num_processes)  # processes are averaged; we want the sum
+                accelerator.backward(loss * accelerator.num_processes)  # processes are averaged; we want the sum
                 total += loss.detach()
         return float(accelerator.reduce(total).item())
 

@@ -84,7 +84,9 @@ def _wide_range(points: Sequence[Point], factor: float) -> bool:
 
 
 def _rates(run: Run, stage: str) -> str:
-    rows = [r["lrs"] for r in run.metrics if str(r.get("stage", "training")) == stage and isinstance(r.get("lrs"), dict)]
+    rows = [
+        r["lrs"] for r in run.metrics if str(r.get("stage", "training")) == stage and isinstance(r.get("lrs"), dict)
+    ]
     groups: list[str | None] = list(dict.fromkeys(str(g) for rates in rows for g in rates)) or [None]
     curves = [(g or "all", run.curve(stage, "lrs" if g else "lr", g)) for g in groups]
     series = [Series(name, points, color=i) for i, (name, points) in enumerate(curves[:GROUPS])]

@@ -19,6 +19,7 @@ from vlmpeft.config import to_yaml
 from vlmpeft.errors import PREEMPTED
 from vlmpeft.loop import StageTrainer
 from vlmpeft.manifest import verify, versions
+from vlmpeft.parts import table_text
 from vlmpeft.preflight import check_recipe, prepare_stages
 from vlmpeft.recipe import Recipe
 from vlmpeft.report import write_report
@@ -135,7 +136,7 @@ class Run:
             )
             if found is not None and position.step > 0:
                 trainer.resume(found)
-            self._say(trainable_table(name, bundle))
+            self._say(table_text(name, bundle.tuned.table()))
             results.append(trainer.train(stop))
             position = Position(stage=index + 1, total=trainer.position.total)
             if self.accelerator.is_main_process:
@@ -190,15 +191,3 @@ class Run:
     def _say(self, text: str) -> None:
         if self.accelerator.is_main_process:
             tqdm.write(text)
-
-
-def trainable_table(stage: str, bundle: Bundle) -> str:
-    """The trainable parameters of a stage, per part."""
-    lines = [f"{stage}: trainable parameters"]
-    for row in bundle.tuned.table():
-        trainable, total = int(str(row["trainable"])), int(str(row["total"]))
-        tuners = ", ".join(row["tuners"])  # type: ignore[arg-type]
-        lines.append(
-            f"  {row['part']:<10} {trainable:>13,} of {total:>15,}  {trainable / max(1, total):7.2%}  {tuners}"
-        )
-    return "\n".join(lines)
