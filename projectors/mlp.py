@@ -31,8 +31,8 @@ class MLPProjector(nn.Sequential):
 
     Args:
         depth: number of linear layers.
-        rms: root mean square every output token is brought to; 0 leaves the output as it is, as LLaVA does. The scale of
-            the language model's embeddings keeps image tokens from drowning the updates that its blocks add to them.
+        rms: root mean square every output token is brought to; 0 leaves the output as it is, as LLaVA does. At the
+            scale of the language model's embeddings, image tokens do not drown what its blocks add to them.
 
     Raises:
         ConfigError: C102 if depth < 1 or rms < 0.

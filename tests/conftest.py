@@ -66,10 +66,20 @@ def make_language(directory: Path, **changes: Any) -> Path:
     torch.manual_seed(0)
     tokenizer = make_tokenizer()
     config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        max_position_embeddings=512, bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.eos_token_id,
-        tie_word_embeddings=True, initializer_range=0.1, **changes,
-    )  # fmt: skip
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.eos_token_id,
+        tie_word_embeddings=True,
+        initializer_range=0.1,
+        **changes,
+    )
     LlamaForCausalLM(config).save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     return directory
@@ -151,7 +161,12 @@ TINY = """
 vision: {{name: "timm:test_efficientnet", weights: random, image_size: null}}
 language: {{name: "{language}"}}
 projector: {{name: mlp2x_gelu}}
-data: {{pretrain: "{data}/pretrain.json", instruct: "{data}/instruct.json", images: "{data}/images", max_length: 256, workers: 0}}
+data:
+  pretrain: "{data}/pretrain.json"
+  instruct: "{data}/instruct.json"
+  images: "{data}/images"
+  max_length: 256
+  workers: 0
 stages:
   pretrain:
     source: pretrain

@@ -16,8 +16,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from vlmpeft.batch import IGNORE, IMAGE_TOKEN_ID, Batch, collate
 from vlmpeft.projectors import MLPProjector
 from vlmpeft.template import Encoding
-from vlmpeft.tuners import Full, LoRA
 from vlmpeft.tune import tune
+from vlmpeft.tuners import Full, LoRA
 from vlmpeft.vlm import VLM
 
 IMAGE_TOKENS, QUESTION, ANSWER = 49, 20, 3
@@ -72,7 +72,10 @@ def main(layers: int = 6, turns: int = 5, repeats: int = 7, images: int = 4) -> 
             times["independent"].append(a)
             times["single"].append(b)
     medians = {name: statistics.median(values) for name, values in times.items()}
-    print({name: round(value, 3) for name, value in medians.items()}, f"single / independent = {medians['single'] / medians['independent']:.2f}")
+    print(
+        {name: round(value, 3) for name, value in medians.items()},
+        f"single / independent = {medians['single'] / medians['independent']:.2f}",
+    )
 
 
 if __name__ == "__main__":
