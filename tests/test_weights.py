@@ -187,9 +187,9 @@ DAMAGES = {
     "no config": ("M502", lambda d: (d / CONFIG).unlink()),
     "one adapter more": ("M502", lambda d: (d / "adapters/second").mkdir()),
     "another name": ("M502", lambda d: (d / "adapters/lora").rename(d / "adapters/lara")),
-    "no projector": ("M502", lambda d: (d / "trained.safetensors").unlink()),
-    "nan in the projector": ("M503", edit_tensors(poke(float("nan")), "trained.safetensors")),
-    "projector lacks": ("M502", edit_tensors(lambda t: t.pop(last(t)), "trained.safetensors")),
+    "no projector": ("M502", lambda d: (d / "projector.safetensors").unlink()),
+    "nan in the projector": ("M503", edit_tensors(poke(float("nan")), "projector.safetensors")),
+    "projector lacks": ("M502", edit_tensors(lambda t: t.pop(last(t)), "projector.safetensors")),
 }
 
 
@@ -215,10 +215,20 @@ def test_what_does_not_fit_is_refused_and_nothing_of_it_applied(
     assert not changed(before, tuned.model)
 
 
-def test_a_file_with_a_part_that_nobody_tunes_here_is_refused(language_dir: Path, tmp_path: Path) -> None:
-    tune(our_vlm(language_dir), {"lora": LoRA(4), "projector": Full()}).save(tmp_path)
+def test_a_saved_projector_comes_back_where_nothing_tunes_it(language_dir: Path, tmp_path: Path) -> None:
+    source = tune(our_vlm(language_dir), {"lora": LoRA(4), "projector": Full()})
+    randomise(source.trainable(), 1)
+    source.save(tmp_path)
     tuned = tune(our_vlm(language_dir), {"lora": LoRA(4)})
-    with pytest.raises(ModelError, match=r"M502.*unknown tensor 'projector"):
+    tuned.load(tmp_path)
+    saved, found = source.parts.projector.state_dict(), tuned.parts.projector.state_dict()
+    assert all(torch.equal(saved[name], found[name]) for name in saved)
+
+
+def test_a_file_with_a_part_that_nobody_tunes_here_is_refused(language_dir: Path, tmp_path: Path) -> None:
+    tune(our_vlm(language_dir), {"lora": LoRA(4), "vision": Full("vision")}).save(tmp_path)
+    tuned = tune(our_vlm(language_dir), {"lora": LoRA(4)})
+    with pytest.raises(ModelError, match=r"M502.*unknown tensor 'vision"):
         tuned.load(tmp_path)
 
 

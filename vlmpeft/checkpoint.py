@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from vlmpeft import fs
 from vlmpeft.build import Bundle, assemble, choose_device, choose_dtype, enter_stage
@@ -17,9 +16,7 @@ from vlmpeft.config import load_recipe, to_yaml
 from vlmpeft.errors import ModelError
 from vlmpeft.images import ImageTransform
 from vlmpeft.manifest import verify, write_manifest
-from vlmpeft.weights import read_strict
-
-PROJECTOR = "projector.safetensors"
+from vlmpeft.weights import PROJECTOR, assign, read_strict
 
 
 def save(bundle: Bundle, target: Path, extra: Callable[[Path], Mapping[str, Any]] | None = None) -> None:
@@ -32,7 +29,8 @@ def save(bundle: Bundle, target: Path, extra: Callable[[Path], Mapping[str, Any]
         entries = dict(extra(directory)) if extra else {}
         saved = bundle.tuned.save(directory)
         projector = dict(bundle.model.projector.named_parameters())
-        fs.write_tensors(directory / PROJECTOR, bundle.model.projector.state_dict())
+        if not (directory / PROJECTOR).exists():  # trained in an earlier stage, or only aligned
+            fs.write_tensors(directory / PROJECTOR, bundle.model.projector.state_dict())
         saved |= {f"projector.{name}" for name in projector}
         lost = sorted(n for n, p in bundle.model.named_parameters() if p.requires_grad and n not in saved)
         if lost:
@@ -96,20 +94,7 @@ def restore(bundle: Bundle, directory: Path, manifest: Mapping[str, Any], allow_
 
 def restore_weights(bundle: Bundle, directory: Path) -> None:
     """Read the tuned weights and the projector of a directory into a bundle that has its tuners."""
-    projector = _projector_state(bundle, directory)
     bundle.tuned.load(directory)
-    _assign_projector(bundle, projector)
-
-
-def _projector_state(bundle: Bundle, directory: Path) -> dict[str, Tensor]:
-    state = bundle.model.projector.state_dict()
-    return read_strict(directory / PROJECTOR, state) if state else {}
-
-
-@torch.no_grad()
-def _assign_projector(bundle: Bundle, values: Mapping[str, Tensor]) -> None:
-    for name, tensor in bundle.model.projector.state_dict().items():
-        tensor.copy_(values[name])
 
 
 def start_from(bundle: Bundle, directory: Path) -> None:
@@ -124,7 +109,8 @@ def start_from(bundle: Bundle, directory: Path) -> None:
     if more:
         message = f"init={directory} also tuned '{more[0]}' ({len(more)} tensors), which this run cannot start from."
         raise ModelError("M533", message, "export a merged base first.")
-    _assign_projector(bundle, _projector_state(bundle, directory))
+    state = bundle.model.projector.state_dict()
+    assign(state, read_strict(directory / PROJECTOR, state))
 
 
 def load(directory: str | Path, device: str = "auto", dtype: torch.dtype | None = None) -> Bundle:

@@ -103,7 +103,7 @@ class Tuned:
     def save(self, directory: Path) -> set[str]:
         """Write every adapter and every other tuned tensor.
 
-        Leaves `adapters/<name>/` in PEFT's format for adapters, `trained.safetensors` for the rest.
+        Leaves `adapters/<name>/` in PEFT's format, `projector.safetensors`, and `trained.safetensors` for the rest.
         Returns: names of the parameters written.
         """
         with self._unmerged():

@@ -17,9 +17,10 @@ from vlmpeft.tuners.lora import LoRA, read_adapter_config
 if TYPE_CHECKING:
     from vlmpeft.tune import Applied
 
-Pending = list[tuple[Mapping[str, nn.Parameter], Mapping[str, Tensor]]]
+Pending = list[tuple[Mapping[str, Tensor], Mapping[str, Tensor]]]
 ADAPTERS = "adapters"
 ADAPTER_FILE = "adapter_model.safetensors"
+PROJECTOR = "projector.safetensors"
 TRAINED = "trained.safetensors"
 PEFT_PREFIX = "base_model.model."
 SAME = "was it trained with the same tuners and base?"
@@ -73,14 +74,15 @@ def _check(path: Path, name: str, tensor: Tensor, expected: Tensor) -> None:
 
 
 @torch.no_grad()
-def assign(parameters: Mapping[str, nn.Parameter], values: Mapping[str, Tensor]) -> None:
-    """Copy values into parameters of the same names."""
-    for name, parameter in parameters.items():
-        parameter.copy_(values[name])
+def assign(tensors: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
+    """Copy values into parameters and buffers of the same names."""
+    for name, tensor in tensors.items():
+        tensor.copy_(values[name])
 
 
 def write_tuned(applied: Iterable[Applied], model: nn.Module, parts: Parts, directory: Path) -> set[str]:
-    """Write `adapters/<name>/` in PEFT's format for every adapter and `trained.safetensors` for the rest.
+    """Write `adapters/<name>/` in PEFT's format for every adapter, `projector.safetensors` for a fully tuned projector
+    and `trained.safetensors` for the rest.
 
     Returns: names of the parameters written.
     """
@@ -89,6 +91,8 @@ def write_tuned(applied: Iterable[Applied], model: nn.Module, parts: Parts, dire
     for one in applied:
         if isinstance(one.tuner, LoRA):
             _write_adapter(one, one.tuner, model, parts, directory / ADAPTERS / one.name)
+        elif one.tuner.part == "projector":
+            fs.write_tensors(directory / PROJECTOR, parts.projector.state_dict())
         else:
             rest |= {plain_name(k): p for k, p in one.parameters.items()}
         written |= set(one.parameters)
@@ -130,8 +134,12 @@ def read_tuned(applied: Iterable[Applied], model: nn.Module, parts: Parts, direc
             prefix = _root(one.tuner, model, parts)[1]
             expected = {peft_key(k, prefix): p for k, p in one.parameters.items()}
             pending.append((expected, read_strict(folder / ADAPTER_FILE, expected)))
-        else:
+        elif one.tuner.part != "projector":
             rest |= {plain_name(k): p for k, p in one.parameters.items()}
+    tunes_projector = any(not isinstance(one.tuner, LoRA) and one.tuner.part == "projector" for one in applied)
+    if tunes_projector or (directory / PROJECTOR).exists():  # a saved projector comes back whoever tuned it
+        state = parts.projector.state_dict()
+        pending.append((state, read_strict(directory / PROJECTOR, state)))
     if rest or (directory / TRAINED).exists():
         pending.append((rest, read_strict(directory / TRAINED, rest)))
     return pending
