@@ -7,7 +7,7 @@ PY := $(VENV)/bin/python
 # glibc gives large blocks back to the system after every use; keeping them makes training on a CPU faster.
 CPU_ENV := MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=2147483647 MALLOC_TOP_PAD_=268435456
 
-.PHONY: quickstart test lint install install-dev bench clean
+.PHONY: quickstart test lint install install-dev clean
 
 quickstart: install $(SCENES)/pope_test.jsonl
 	$(CPU_ENV) $(PY) -m vlmpeft.train recipe=quickstart run.dir=$(RUN) \
