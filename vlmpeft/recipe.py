@@ -148,8 +148,8 @@ class AlignConfig:
     lr: float = 2e-3
     weight_decay: float = 0.01
     batch: int = 32
-    scale: float = 3.0
-    max_share: float = 0.4
+    scale: float = 2.0
+    max_share: float = 0.6
 
     def __post_init__(self) -> None:
         check(self.epochs >= 0, "align.epochs", self.epochs, "0 or more")
