@@ -15,7 +15,7 @@ quickstart: install $(SCENES)/pope_test.jsonl
 	  eval.questions=$(SCENES)/pope_test.jsonl,$(SCENES)/types_test.jsonl
 
 $(SCENES)/pope_test.jsonl: | install
-	$(PY) -m vlmpeft.scenes out=$(SCENES)
+	$(PY) -m vlmpeft.scenes out=$(SCENES) pretrain=600 train=560 test=40
 
 test: install-dev
 	$(PY) -m pytest -q

@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from runs import run_train
 from torch import nn
 
+from vlmpeft import run
 from vlmpeft.align import align, alignment_loss, word_targets
 from vlmpeft.batch import IGNORE
 from vlmpeft.data import Sample
@@ -110,3 +112,19 @@ def test_rms_option_fixes_the_scale_of_every_output_token() -> None:
     tokens = MLPProjector(6, 16, rms=0.133)(torch.randn(2, 5, 6))
     torch.testing.assert_close(tokens.pow(2).mean(-1).sqrt(), torch.full((2, 5), 0.133), atol=1e-5, rtol=0)
     assert list(MLPProjector(6, 16, rms=0.133).state_dict()) == list(MLPProjector(6, 16).state_dict())
+
+
+@pytest.mark.parametrize(("source", "first_letters"), [("pretrain", "p"), ("instruct", "it"), ("all", "ipt")])
+def test_run_aligns_once_before_the_first_stage_with_the_chosen_words(
+    source: str, first_letters: str, tiny_recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[str] = []
+
+    def record(model: VLM, samples: list[Sample], *_: Any) -> float:
+        seen.append("".join(sorted({s.uid[0] for s in samples})))
+        return 0.0
+
+    monkeypatch.setattr(run, "align", record)
+    for _ in range(2):  # the second call finds the run complete
+        assert run_train(tiny_recipe, tmp_path / "run", "align.epochs=1", f"align.source={source}") == 0
+    assert seen == [first_letters]

@@ -140,11 +140,13 @@ class Stage:
 class AlignConfig:
     """Word alignment of a fresh projector before the first stage; see `align`.
 
-    epochs: 0 for none. scale: of the similarity between image tokens and word embeddings. max_share: words said of a
-    larger share of the images are left out.
+    epochs: 0 for none. source: whose answers give the words: those of the stages on data.pretrain, on data.instruct,
+    or all. scale: of the similarity between image tokens and word embeddings. max_share: words said of a larger share
+    of the images are left out.
     """
 
     epochs: int = 0
+    source: Literal["pretrain", "instruct", "all"] = "all"
     lr: float = 2e-3
     weight_decay: float = 0.01
     batch: int = 32

@@ -113,7 +113,9 @@ class Run:
 
     def _align(self, bundle: Bundle, stages: dict[str, StageData]) -> None:
         """Word alignment of the fresh projector; the end of the first stage's steps is where it is first saved."""
-        samples = [sample for data in stages.values() for sample in data.train]
+        wanted = self.recipe.align.source
+        chosen = [stages[name] for name, s in self.recipe.stages.items() if wanted in ("all", s.source)]
+        samples = [sample for data in chosen for sample in data.train]
         load = next(iter(stages.values())).load
         excluded = bundle.tokenizer.all_special_ids
         loss = align(bundle.model, samples, load, self.recipe.align, excluded, self.recipe.run.seed)
