@@ -8,8 +8,8 @@ PY := $(VENV)/bin/python
 CPU_ENV := MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=2147483647 MALLOC_TOP_PAD_=268435456
 
 # The captions of the drawn scenes name every shape and colour; the other answers (counts, places) name nothing seen.
-SCENE_WORDS := align.source=pretrain align.scale=1 align.max_share=0.6 align.epochs=20 \
-  stages.pretrain.optim.lr=1e-5 stages.pretrain.optim.epochs=0.05
+SCENE_WORDS := align.source=pretrain align.scale=1 align.max_share=0.6 align.epochs=15 \
+  stages.pretrain.optim.lr=1e-5 stages.pretrain.optim.epochs=0.02 stages.instruct.tuners.lora.lr=8e-4
 
 .PHONY: quickstart test lint install install-dev clean
 
@@ -19,7 +19,7 @@ quickstart: install $(SCENES)/pope_test.jsonl
 	  eval.questions=$(SCENES)/pope_test.jsonl,$(SCENES)/types_test.jsonl
 
 $(SCENES)/pope_test.jsonl: | install
-	$(PY) -m vlmpeft.scenes out=$(SCENES) pretrain=600 train=560 test=40
+	$(PY) -m vlmpeft.scenes out=$(SCENES) pretrain=1200 train=560 test=30
 
 test: install-dev
 	$(PY) -m pytest -q
