@@ -8,6 +8,8 @@ A projector of your own is one class and no edit here; a recipe finds it with `i
         def __init__(self, in_dim: int, out_dim: int, *, dropout: float = 0.0) -> None: ...
         def forward(self, features): ...  # (i, n, in_dim) -> (i, num_tokens(n), out_dim)
         def num_tokens(self, n: int) -> int: ...
+
+One that works on neighbouring patches adds `input_grid = None` to the class; see `GridProjector`.
 """
 
 from __future__ import annotations
@@ -38,6 +40,20 @@ class Projector(Protocol):
     def num_tokens(self, n: int, /) -> int:
         """Output tokens for n input tokens; known without a forward, so that the collator can expand placeholders."""
         ...
+
+
+Grid = tuple[int, int]  # rows and columns of vision tokens, which come row by row
+
+
+@runtime_checkable
+class GridProjector(Projector, Protocol):
+    """A projector that works on neighbouring patches.
+
+    input_grid: the encoder's grid, which `vlmpeft.build` and `vlmpeft.load` set before anything is asked of the
+    projector. It is None at first; a projector then takes the tokens for a square.
+    """
+
+    input_grid: Grid | None
 
 
 Factory = Callable[..., Projector]
@@ -113,15 +129,37 @@ class ProjectorRegistry(Registry[Projector]):
 PROJECTORS = ProjectorRegistry()
 
 
-def square_side(n: int, projector: str) -> int:
-    """Side of the square grid that n tokens form. Raises: ModelError M513 if n is not a square."""
+def fit_grid(projector: Projector, grid: Grid, tokens: int) -> int:
+    """Tell a projector that asks for it the grid of the encoder's `tokens`. Returns: tokens of one image after it."""
+    if isinstance(projector, GridProjector):
+        projector.input_grid = grid
+    return projector.num_tokens(tokens)
+
+
+def grid_of(n: int, grid: Grid | None, projector: str) -> Grid:
+    """Rows and columns that n tokens form: `grid`, or a square if it is None.
+
+    Args: projector: its name, for the message.
+    Raises: ModelError M513 if n tokens do not fill the grid or are no square.
+    """
+    if grid is not None:
+        rows, columns = grid
+        if n == 0 or rows * columns != n:
+            raise ModelError(
+                "M513",
+                f"projector '{projector}' expects the {rows}x{columns} grid of the encoder "
+                f"({rows * columns} vision tokens), got n={n}.",
+                "feed exactly the patch tokens (no CLS or register token, no patch dropped), "
+                "or choose a projector that needs no grid, such as mlp2x_gelu.",
+            )
+        return grid
     side = math.isqrt(n)
     if side * side != n or n == 0:
         raise ModelError(
             "M513",
-            f"projector '{projector}' needs a square grid of vision tokens, got n={n} "
+            f"projector '{projector}' was told no grid, and n={n} vision tokens form no square "
             f"(nearest squares: {max(side, 1) ** 2} and {(side + 1) ** 2}).",
-            "feed exactly the patch tokens of a square image (no CLS or register token, no patch dropped), "
-            "or choose a projector that needs no grid, such as mlp2x_gelu.",
+            "feed exactly the patch tokens of a square image (no CLS or register token, no patch dropped), set "
+            "projector.input_grid=(rows, columns), or choose a projector that needs no grid, such as mlp2x_gelu.",
         )
-    return side
+    return side, side

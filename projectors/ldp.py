@@ -6,12 +6,14 @@ Names and indices of submodules are MobileVLM's, so that the weights below its `
 
 from __future__ import annotations
 
+import math
+
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from vlmpeft.errors import ConfigError
-from vlmpeft.projectors.base import PROJECTORS, square_side
+from vlmpeft.projectors.base import PROJECTORS, Grid, grid_of
+from vlmpeft.projectors.layers import FixedRMS, at_least_one, mlp_layers
 
 
 class LayerNorm2d(nn.LayerNorm):
@@ -63,27 +65,39 @@ class InvertedResidual(nn.Module):
 class LDPProjector(nn.Module):
     """Two-layer MLP, then two depthwise blocks; the second halves each side: 24 x 24 patches become 144 tokens.
 
-    (i, n, in_dim) -> (i, ceil(sqrt(n) / 2)^2, out_dim). Raises: ModelError M513 if n is not a square.
+    (i, rows * columns, in_dim) -> (i, ceil(rows / 2) * ceil(columns / 2), out_dim).
+
+    Args:
+        rms: root mean square of every output token; 0 leaves what the last LayerNorm gives (1 at first).
+
+    Raises:
+        ConfigError: C102 if rms < 0.
+        ModelError: M513 if n tokens do not fill the grid (forward, num_tokens).
+
     Source: arXiv:2312.16886; MobileVLM vision_projector.py:11.
     """
 
-    def __init__(self, in_dim: int, out_dim: int) -> None:
+    input_grid: Grid | None = None
+
+    def __init__(self, in_dim: int, out_dim: int, *, rms: float = 0.0) -> None:
         super().__init__()
-        mlp = nn.Sequential(nn.Identity(), nn.Linear(in_dim, out_dim), nn.GELU(), nn.Linear(out_dim, out_dim))
+        mlp = nn.Sequential(nn.Identity(), *mlp_layers(in_dim, out_dim, depth=2))
         blocks = nn.Sequential(
             nn.Identity(), InvertedResidual(out_dim, stride=1), InvertedResidual(out_dim, stride=2)
         )  # index 0 is an Identity in MobileVLM too
         self.model = nn.ModuleDict({"mlp": mlp, "mb_block": blocks})
+        self.scale = FixedRMS(rms)
 
     def forward(self, features: Tensor) -> Tensor:
         """Project features: (i, n, in_dim) -> (i, num_tokens(n), out_dim)."""
-        side = square_side(features.shape[1], "ldp")
-        x = rearrange(self.model["mlp"](features), "i (h w) c -> i c h w", h=side)
-        return rearrange(self.model["mb_block"](x), "i c h w -> i (h w) c")
+        rows, _ = grid_of(features.shape[1], self.input_grid, "ldp")
+        x = rearrange(self.model["mlp"](features), "i (h w) c -> i c h w", h=rows)
+        return self.scale(rearrange(self.model["mb_block"](x), "i c h w -> i (h w) c"))
 
     def num_tokens(self, n: int) -> int:
-        """ceil(sqrt(n) / 2)^2. Raises: ModelError M513 if n is not a square."""
-        return ((square_side(n, "ldp") + 1) // 2) ** 2
+        """ceil(rows / 2) * ceil(columns / 2). Raises: ModelError M513 if n tokens do not fill the grid."""
+        rows, columns = grid_of(n, self.input_grid, "ldp")
+        return math.ceil(rows / 2) * math.ceil(columns / 2)
 
 
 @PROJECTORS.register("ldpv2")
@@ -95,39 +109,42 @@ class LDPv2Projector(nn.Module):
     Args:
         grid: side of the pooled grid. Features of fewer than grid x grid patches are repeated to fill it, as
             MobileVLM does: for a 7 x 7 encoder choose grid=7 or less.
+        rms: root mean square of every output token; 0 leaves them as they are.
 
     Raises:
-        ConfigError: C102 if grid < 1.
-        ModelError: M513 if n is not a square (forward, num_tokens).
+        ConfigError: C102 if grid < 1 or rms < 0.
+        ModelError: M513 if n tokens do not fill the encoder's grid (forward, num_tokens).
 
     Source: arXiv:2402.03766; MobileVLM vision_projector.py:90.
     """
 
-    def __init__(self, in_dim: int, out_dim: int, *, grid: int = 12) -> None:
+    input_grid: Grid | None = None
+
+    def __init__(self, in_dim: int, out_dim: int, *, grid: int = 12, rms: float = 0.0) -> None:
         super().__init__()
-        if grid < 1:
-            raise ConfigError("C102", f"projector.grid is {grid}; allowed: 1 or more.")
+        at_least_one(grid=grid)
         self.grid = grid
-        mlp = nn.Sequential(nn.Linear(in_dim, out_dim), nn.GELU(), nn.Linear(out_dim, out_dim))
         peg = nn.Sequential(nn.Conv2d(out_dim, out_dim, 3, padding=1, groups=out_dim))  # arXiv:2102.10882
-        self.mlp = nn.ModuleDict({"mlp": mlp})
+        self.mlp = nn.ModuleDict({"mlp": nn.Sequential(*mlp_layers(in_dim, out_dim, depth=2))})
         self.peg = nn.ModuleDict({"peg": peg})
+        self.scale = FixedRMS(rms)
 
     def forward(self, features: Tensor) -> Tensor:
         """Project features: (i, n, in_dim) -> (i, grid^2, out_dim)."""
-        side = square_side(features.shape[1], "ldpv2")
-        x = rearrange(self.mlp["mlp"](features), "i (h w) c -> i c h w", h=side)
-        x = self._pool(x, side)  # (i, c, grid, grid)
-        return rearrange(x + self.peg["peg"](x), "i c h w -> i (h w) c")
+        rows, _ = grid_of(features.shape[1], self.input_grid, "ldpv2")
+        x = self._pool(rearrange(self.mlp["mlp"](features), "i (h w) c -> i c h w", h=rows))  # (i, c, grid, grid)
+        return self.scale(rearrange(x + self.peg["peg"](x), "i c h w -> i (h w) c"))
 
     def num_tokens(self, n: int) -> int:
-        """grid^2, whatever n. Raises: ModelError M513 if n is not a square."""
-        square_side(n, "ldpv2")
+        """grid^2, whatever n. Raises: ModelError M513 if n tokens do not fill the encoder's grid."""
+        grid_of(n, self.input_grid, "ldpv2")
         return self.grid**2
 
-    def _pool(self, x: Tensor, side: int) -> Tensor:
-        if side % self.grid == 0:  # the same mean; unlike adaptive pooling, its CUDA backward is deterministic
-            return F.avg_pool2d(x, side // self.grid)
+    def _pool(self, x: Tensor) -> Tensor:
+        rows, columns = x.shape[2:]
+        if rows % self.grid == 0 and columns % self.grid == 0:
+            # the same mean; unlike adaptive pooling, its CUDA backward is deterministic
+            return F.avg_pool2d(x, (rows // self.grid, columns // self.grid))
         return F.adaptive_avg_pool2d(x, self.grid)
 
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,7 +41,7 @@ class WordTargets:
     targets: Tensor
 
 
-def word_targets(samples: Sequence[Sample], max_share: float, excluded: Collection[int]) -> WordTargets | None:
+def word_targets(samples: Iterable[Sample], max_share: float, excluded: Collection[int]) -> WordTargets | None:
     """The supervised tokens said about each image, over all samples with that image alone.
 
     Args:
@@ -77,7 +77,7 @@ def alignment_loss(tokens: Tensor, embeddings: Tensor, targets: Tensor, scale: f
 
 def align(
     model: VLM,
-    samples: Sequence[Sample],
+    samples: Iterable[Sample],
     load: Callable[[Path], Tensor],
     config: AlignConfig,
     excluded: Collection[int],
@@ -89,15 +89,16 @@ def align(
         samples: of all stages.
         load: image file -> (3, h, w) pixels or (n, d) features.
 
-    Returns: the mean loss of the last epoch; None if there was nothing to align with.
+    Returns: the mean loss of the last epoch; None if there was nothing to align, or nothing to align with.
     """
     found = word_targets(samples, config.max_share, excluded)
-    if found is None:
-        return None
-    table = model.language.get_input_embeddings().weight
-    embeddings = table[found.words.to(table.device)].detach()
-    mean_norm = float(embeddings.float().norm(dim=-1).mean())
     parameters = list(model.projector.parameters())
+    if found is None or not parameters:
+        return None
+    embed = model.language.get_input_embeddings()
+    device = embed.weight.device
+    embeddings = embed(found.words.to(device)).detach()
+    mean_norm = float(embeddings.float().norm(dim=-1).mean())
     optimizer = torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay)
     count = len(found.images)
     generator = torch.Generator().manual_seed(seed)
@@ -105,15 +106,17 @@ def align(
     steps = [index for order in orders for index in order.split(config.batch)]
     per_epoch = math.ceil(count / config.batch)
     losses: list[Tensor] = []
-    model.projector.requires_grad_(True)
-    with tqdm(steps, desc=f"align {count} images with {len(found.words)} words", unit="step") as bar:
+    model.projector.requires_grad_(True).train()
+    bar = tqdm(steps, desc=f"align {count} images with {len(found.words)} words", unit="step")
+    with bar, torch.random.fork_rng():
+        torch.manual_seed(seed)  # of the projector's dropout
         for step, index in enumerate(bar):
             optimizer.param_groups[0]["lr"] = config.lr * 0.5 * (1 + math.cos(math.pi * step / len(steps)))
-            pixels = torch.stack([load(found.images[i]) for i in index.tolist()]).to(table.device)
+            pixels = torch.stack([load(found.images[i]) for i in index.tolist()]).to(device)
             loss = alignment_loss(
                 model.image_embeddings(pixels),
                 embeddings,
-                found.targets[index].to(table.device),
+                found.targets[index].to(device),
                 config.scale,
                 mean_norm,
             )
@@ -123,5 +126,5 @@ def align(
             losses.append(loss.detach())
             if step % 10 == 0:
                 bar.set_postfix(loss=f"{losses[-1].item():.3f}", refresh=False)
-    model.projector.requires_grad_(False)
+    model.projector.requires_grad_(False).eval()
     return float(torch.stack(losses[-per_epoch:]).mean())
