@@ -1,4 +1,4 @@
-"""Encoders of timm and transformers: layer selection, prefix tokens, what is read from the model, refusals."""
+"""What `load_vision` promises: LLaVA's selection at real token counts, what is cut, what is refused."""
 
 from __future__ import annotations
 
@@ -7,185 +7,208 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import timm
 import torch
-from torch import Tensor
-from transformers import (
-    CLIPVisionConfig,
-    CLIPVisionModel,
-    Dinov2Config,
-    Dinov2Model,
-    Dinov2WithRegistersConfig,
-    Dinov2WithRegistersModel,
-    SiglipVisionConfig,
-    SiglipVisionModel,
-)
+from encoders import CASES, MEAN, STD, save, scatter
+from torch import Tensor, nn
+from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, SiglipVisionConfig, SiglipVisionModel
 
+from vlmpeft.encoder import Encoder, Pixels
 from vlmpeft.errors import EnvironmentFault, ModelError
-from vlmpeft.vision import Encoder, load_vision
+from vlmpeft.projectors import PROJECTORS
+from vlmpeft.projectors.base import fit_grid
+from vlmpeft.vision import empty_vision, load_vision
 
-SIZES: dict[str, Any] = {
-    "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "image_size": 32, "patch_size": 8,
-    "initializer_range": 0.3,
+TINY: dict[str, Any] = {
+    "hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 3, "num_attention_heads": 2, "patch_size": 14,
 }  # fmt: skip
-SMALL = {**SIZES, "intermediate_size": 24}
-MODELS = {
-    "clip": (CLIPVisionModel, CLIPVisionConfig(**SMALL), 1),
-    "siglip": (SiglipVisionModel, SiglipVisionConfig(**SMALL), 0),
-    "dinov2": (Dinov2Model, Dinov2Config(**SIZES, mlp_ratio=2), 1),
-    "registers": (Dinov2WithRegistersModel, Dinov2WithRegistersConfig(**SIZES, mlp_ratio=2, num_register_tokens=3), 4),
+CLIP = CASES["clip"]
+LAST = {  # the last block or stage of one tiny model of each source, by its tensors' names
+    "clip": "encoder.layers.2.",
+    "timm_vit": "blocks.2.",
+    "open_clip_vit": "visual.transformer.resblocks.2.",
 }
-MEAN, STD = [0.4, 0.5, 0.6], [0.2, 0.3, 0.4]
 
 
-def save(folder: Path, kind: str, processor: bool = True, spoil_last: bool = False) -> Any:
-    """Write a tiny random encoder. Returns: the transformers model."""
-    torch.manual_seed(0)
-    cls, config, _ = MODELS[kind]
-    model = cls(config).eval()
-    blocks = model.encoder.layers if kind in ("clip", "siglip") else model.encoder.layer
-    if spoil_last:
-        for parameter in blocks[-1].parameters():
-            parameter.data.normal_()
-    model.save_pretrained(folder)
-    if processor:
-        (folder / "preprocessor_config.json").write_text(json.dumps({"image_mean": MEAN, "image_std": STD}))
+def save_hf(model: Any, folder: Path) -> Any:
+    """Write a model of transformers with its image settings. Returns: the model."""
+    scatter(model).save_pretrained(folder)  # type: ignore[operator]
+    (folder / "preprocessor_config.json").write_text(json.dumps({"image_mean": MEAN, "image_std": STD}))
     return model
 
 
-@pytest.fixture
-def pixels() -> Tensor:
-    return torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+def picture(size: int) -> Tensor:
+    return torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(1))
 
 
-@pytest.mark.parametrize("kind", MODELS)
-@pytest.mark.parametrize("layer", [-1, -2, -3, 1])
-def test_features_are_transformers_hidden_states_without_prefix(
-    tmp_path: Path, kind: str, layer: int, pixels: Tensor
-) -> None:
-    model, prefix = save(tmp_path, kind), MODELS[kind][2]
+def test_clip_at_336_gives_576_tokens_without_the_final_norm(tmp_path: Path) -> None:
+    model = save_hf(CLIPVisionModel(CLIPVisionConfig(**TINY, image_size=336)), tmp_path)
+    encoder = load_vision(f"hf:{tmp_path}", layer=-2)
+    found = encoder(picture(336))
     with torch.no_grad():
-        expected = model(pixel_values=pixels, output_hidden_states=True).hidden_states[layer]
-    encoder = load_vision(f"hf:{tmp_path}", layer=layer)
-    found = encoder(pixels)
-    assert encoder.prefix_tokens == prefix
-    assert found.shape == (2, 16, 16)
-    torch.testing.assert_close(found, expected[:, prefix:], rtol=0, atol=1e-6)
-    assert (encoder.grid, encoder.width, encoder.num_tokens, encoder.image_size) == ((4, 4), 16, 16, 32)
-    assert (encoder.mean, encoder.std) == (tuple(MEAN), tuple(STD))
-
-
-@pytest.mark.parametrize("kind", ["clip", "siglip"])
-def test_layer_minus_two_is_before_the_final_norm(tmp_path: Path, kind: str, pixels: Tensor) -> None:
-    model = save(tmp_path, kind)
-    found = load_vision(f"hf:{tmp_path}", layer=-2)(pixels)
-    with torch.no_grad():
-        normed = model.post_layernorm(found)
+        hidden = model(pixel_values=picture(336), output_hidden_states=True).hidden_states[-2][:, 1:]
+        normed = model.post_layernorm(hidden)
+    assert (found.shape, encoder.grid) == ((1, 576, 8), (24, 24))
+    torch.testing.assert_close(found, hidden)
     assert not torch.allclose(found, normed, atol=1e-2)
 
 
-@pytest.mark.parametrize("kind", MODELS)
-def test_the_last_layers_weights_do_not_reach_layer_minus_two(tmp_path: Path, kind: str, pixels: Tensor) -> None:
-    save(tmp_path / "a", kind)
-    save(tmp_path / "b", kind, spoil_last=True)
-    found = [[load_vision(f"hf:{tmp_path / name}", layer=layer)(pixels) for name in "ab"] for layer in (-2, -1)]
-    assert torch.equal(*found[0])
-    assert not torch.allclose(*found[1])
-
-
-def test_blocks_above_the_selected_layer_are_not_kept(tmp_path: Path) -> None:
-    save(tmp_path, "clip")
-    layers = [len(load_vision(f"hf:{tmp_path}", layer=layer).backbone.encoder.layers) for layer in (-1, -2, -3)]  # type: ignore[union-attr, arg-type]
-    assert layers == [3, 2, 1]
-
-
-def test_siglip_keeps_its_first_patch(tmp_path: Path) -> None:
-    save(tmp_path, "siglip")
+def test_siglip_at_384_gives_729_tokens_and_keeps_its_first_patch(tmp_path: Path) -> None:
+    model = save_hf(SiglipVisionModel(SiglipVisionConfig(**TINY, image_size=384)), tmp_path)
     encoder = load_vision(f"hf:{tmp_path}", layer=-2)
-    blank = torch.zeros(1, 3, 32, 32)
-    touched = blank.clone()
-    touched[..., :8, :8] = 3.0  # the first patch alone
-    moved = (encoder(touched) - encoder(blank)).abs().amax(-1)[0]
-    assert moved.argmax() == 0
+    with torch.no_grad():
+        hidden = model(pixel_values=picture(384), output_hidden_states=True).hidden_states[-2]
+    assert (encoder.num_tokens, encoder.grid, encoder.prefix_tokens) == (729, (27, 27), 0)
+    torch.testing.assert_close(encoder(picture(384)), hidden)
 
 
-def test_a_layer_that_is_not_there_is_named(tmp_path: Path) -> None:
-    save(tmp_path, "clip")
-    with pytest.raises(ModelError, match=r"M545.*layer=-9.*4 hidden states"):
-        load_vision(f"hf:{tmp_path}", layer=-9)
-    with pytest.raises(ModelError, match=r"M545.*layer=-9.*6 layers"):
-        load_vision("timm:test_vit", weights="random", layer=-9)
+def test_tinyllava_compat_drops_the_first_of_siglips_patches(tmp_path: Path) -> None:
+    save_hf(SiglipVisionModel(SiglipVisionConfig(**TINY, image_size=384)), tmp_path)
+    whole = load_vision(f"hf:{tmp_path}", layer=-2)
+    encoder = load_vision(f"hf:{tmp_path}", layer=-2, compat="tinyllava_siglip")
+    assert encoder.num_tokens == 728
+    assert torch.equal(encoder(picture(384)), whole(picture(384))[:, 1:])
+    for name in ("ldp", "ldpv2", "pixel_shuffle"):
+        with pytest.raises(ModelError, match=r"M513.*27x27.*got n=728"):
+            fit_grid(PROJECTORS.build(name, 8, 16), encoder.grid, encoder.num_tokens)
+    assert fit_grid(PROJECTORS.build("mlp2x_gelu", 8, 16), encoder.grid, encoder.num_tokens) == 728
+
+
+def test_tinyllava_compat_is_refused_where_a_cls_token_is_dropped_already(tmp_path: Path) -> None:
+    name = save(CLIP, tmp_path)
+    with pytest.raises(ModelError, match=r"M545.*tinyllava_siglip.*1 prefix"):
+        load_vision(name, compat="tinyllava_siglip")
+    with pytest.raises(ModelError, match=r"M541.*did you mean 'tinyllava_siglip'"):
+        load_vision(name, compat="tinyllava")
+
+
+def spoil(folder: Path, prefix: str) -> None:
+    """Change every tensor of a model directory whose name starts with `prefix`."""
+    from safetensors.torch import load_file, save_file
+
+    (file,) = folder.glob("*.safetensors")
+    tensors = load_file(file)
+    assert any(prefix in k for k in tensors)
+    save_file({k: v * 3 + 1 if prefix in k else v for k, v in tensors.items()}, file, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("key", LAST)
+def test_the_last_layers_weights_reach_the_last_features_alone(tmp_path: Path, key: str) -> None:
+    name, image = save(CASES[key], tmp_path), picture(CASES[key].size)
+    before = [load_vision(name, layer=layer)(image) for layer in (-2, -1)]
+    spoil(tmp_path, LAST[key])
+    after = [load_vision(name, layer=layer)(image) for layer in (-2, -1)]
+    assert torch.equal(before[0], after[0])
+    assert not torch.allclose(before[1], after[1])
+
+
+def blocks(encoder: Encoder, path: str) -> list[nn.Module]:
+    """The blocks of an encoder of `LAST`, found by the path of its last one."""
+    listed = path.removeprefix("visual.").rsplit(".", 2)[0]
+    return list(encoder.backbone.get_submodule(listed).children())
+
+
+@pytest.mark.parametrize("key", LAST)
+def test_blocks_above_the_selected_layer_are_neither_kept_nor_run(tmp_path: Path, key: str) -> None:
+    name, image, ran = save(CASES[key], tmp_path), picture(CASES[key].size), []
+    for layer, count in ((-1, 3), (-2, 2), (-3, 1)):
+        encoder = load_vision(name, layer=layer)
+        for block in (kept := blocks(encoder, LAST[key])):
+            block.register_forward_hook(lambda module, args, out: ran.append(1))
+        ran.clear()
+        encoder(image)
+        assert (len(kept), len(ran)) == (count, count)
+
+
+@pytest.mark.parametrize("key", LAST)
+def test_a_layer_that_is_not_there_is_named_with_those_that_are(tmp_path: Path, key: str) -> None:
+    name = save(CASES[key], tmp_path)
+    for layer in (-9, -4, 7):
+        with pytest.raises(ModelError, match=rf"M545.*layer={layer}: the model has 3 layers.*-3 to -1"):
+            load_vision(name, layer=layer)
+
+
+def test_hidden_state_zero_is_no_layer(tmp_path: Path) -> None:
+    name = save(CLIP, tmp_path)
+    with pytest.raises(ModelError, match=r"M545.*layer=0"):
+        load_vision(name, layer=0)
+    assert torch.equal(load_vision(name, layer=2)(picture(32)), load_vision(name, layer=-2)(picture(32)))
 
 
 def test_mean_and_std_must_be_known_and_can_be_given(tmp_path: Path) -> None:
-    save(tmp_path, "clip", processor=False)
+    name = save(CLIP, tmp_path)
+    (tmp_path / "preprocessor_config.json").unlink()
     with pytest.raises(ModelError, match=r"M544.*vision.mean"):
-        load_vision(f"hf:{tmp_path}")
-    encoder = load_vision(f"hf:{tmp_path}", mean=(0.1, 0.2, 0.3), std=(1, 1, 1), image_size=48)
+        load_vision(name)
+    encoder = load_vision(name, mean=(0.1, 0.2, 0.3), std=(1, 1, 1), image_size=48)
     assert (encoder.mean, encoder.image_size, encoder.grid) == ((0.1, 0.2, 0.3), 48, (6, 6))
 
 
-def test_weights_that_lack_a_tensor_are_refused_not_left_random(tmp_path: Path) -> None:
-    from safetensors.torch import load_file, save_file
+def test_a_size_the_model_cannot_take_is_one_line() -> None:
+    with pytest.raises(ModelError, match=r"M549.*100x100 pixels.*patch size.*image_size"):
+        load_vision("timm:test_vit", weights="random", image_size=100)
 
-    save(tmp_path, "clip")
-    path = tmp_path / "model.safetensors"
-    tensors = load_file(path)
-    lost = next(k for k in sorted(tensors) if "layers.0" in k)
-    save_file({k: v for k, v in tensors.items() if k != lost}, path, metadata={"format": "pt"})
-    with pytest.raises(ModelError, match=r"M548.*layers\.0"):
+
+class Tokens(nn.Module):
+    """Gives any number of tokens, and declares a class token or not."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        self.tokens = nn.Parameter(torch.randn(1, count, 4))
+
+
+class Fake(Encoder):
+    """An encoder of one's own, which settles itself by `probe`."""
+
+    def __init__(self, count: int, prefix: int) -> None:
+        super().__init__(Tokens(count), prefix, Pixels((0.5, 0.5, 0.5), (0.5, 0.5, 0.5), 8))
+        self.probe()
+
+    def features(self, pixel_values: Tensor) -> Tensor:
+        tokens: Tensor = self.backbone.tokens  # type: ignore[assignment]
+        return tokens.expand(len(pixel_values), -1, -1)
+
+
+@pytest.mark.parametrize(("count", "prefix"), [(17, 1), (16, 0), (21, 5)])
+def test_declared_prefix_tokens_leave_a_square_grid(count: int, prefix: int) -> None:
+    encoder = Fake(count, prefix)
+    assert (encoder.grid, encoder.num_tokens) == ((4, 4), 16)
+    assert torch.equal(encoder(picture(8)), encoder.backbone.tokens[:, prefix:])  # type: ignore[index]
+
+
+@pytest.mark.parametrize(("count", "prefix"), [(17, 0), (15, 0), (21, 1), (1, 1)])
+def test_tokens_that_fill_no_grid_are_refused(count: int, prefix: int) -> None:
+    with pytest.raises(ModelError, match=rf"M512.*gives {count} tokens, {prefix} of them declared"):
+        Fake(count, prefix)
+
+
+def test_models_that_are_no_encoders_of_fixed_pictures_are_refused(tmp_path: Path) -> None:
+    from transformers import AutoModel, Siglip2VisionConfig
+
+    text = LlamaConfig(**{k: v for k, v in TINY.items() if k != "patch_size"}, vocab_size=20)
+    AutoModel.from_config(text).save_pretrained(tmp_path / "text")
+    with pytest.raises(ModelError, match=r"M543.*no vision model.*pixel_values"):
+        load_vision(f"hf:{tmp_path / 'text'}")
+    AutoModel.from_config(Siglip2VisionConfig(**TINY, num_patches=16)).save_pretrained(tmp_path / "naflex")
+    with pytest.raises(ModelError, match=r"M543.*needs pixel_attention_mask, spatial_shapes.*fixed-resolution"):
+        load_vision(f"hf:{tmp_path / 'naflex'}")
+
+
+def test_a_model_without_blocks_to_select_from_is_refused(tmp_path: Path) -> None:
+    from transformers import MobileNetV2Config, MobileNetV2Model
+
+    save_hf(MobileNetV2Model(MobileNetV2Config(image_size=32, depth_multiplier=0.25)), tmp_path)
+    with pytest.raises(ModelError, match=r"M545.*MobileNetV2Model.*timm"):
         load_vision(f"hf:{tmp_path}")
 
 
-def test_a_broken_directory_is_not_called_unreachable(tmp_path: Path) -> None:
-    save(tmp_path, "clip")
-    (tmp_path / "model.safetensors").unlink()
-    with pytest.raises(ModelError, match="M547"):
-        load_vision(f"hf:{tmp_path}")
-    with pytest.raises(EnvironmentFault, match="E420"):
-        load_vision("hf:nobody/no-such-encoder")
+def test_a_head_that_is_part_of_the_features_is_kept() -> None:
+    encoder = empty_vision("timm:selecsls42")  # its forward_features ends in self.head
+    assert encoder.width == encoder.backbone.num_features == 1280
 
 
-TIMM = {
-    "test_vit": (1, True),
-    "test_efficientnet": (0, False),
-    "vit_tiny_patch16_224": (1, True),
-    "vit_tiny_patch16_dinov3_qkvb": (5, True),
-    "test_mambaout": (0, False),  # channels last
-}
-
-
-@pytest.mark.parametrize("name", [n for n in TIMM if timm.is_model(n)])
-def test_timm_features_are_the_models_own_without_prefix(name: str) -> None:
-    prefix, tokens = TIMM[name]
-    encoder = load_vision(f"timm:{name}", weights="random")
-    image = torch.randn(1, 3, encoder.image_size, encoder.image_size)
-    found = encoder(image)
-    with torch.no_grad():
-        own = encoder.backbone.forward_features(image)  # type: ignore[operator]
-    flat = own[:, prefix:] if tokens else own.flatten(2).mT if own.shape[1] == encoder.width else own.flatten(1, 2)
-    assert encoder.prefix_tokens == prefix
-    assert encoder.width == encoder.backbone.num_features
-    assert found.shape == (1, encoder.num_tokens, encoder.width)
-    assert torch.equal(found, flat)
-
-
-def test_timm_layer_minus_two_is_the_block_before_the_last() -> None:
-    encoder = load_vision("timm:test_vit", weights="random", layer=-2)
-    image, caught = torch.randn(1, 3, 160, 160), []
-    hook = encoder.backbone.blocks[-2].register_forward_hook(lambda m, a, out: caught.append(out))  # type: ignore[index]
-    found = encoder(image)
-    hook.remove()
-    assert torch.equal(found, caught[0][:, 1:])
-    ran: list[int] = []
-    encoder.backbone.blocks[-1].register_forward_hook(lambda m, a, out: ran.append(1))  # type: ignore[index]
-    encoder(image)
-    assert not ran
-
-
-def test_image_size_of_a_vit_and_of_a_convolutional_model() -> None:
-    assert load_vision("timm:test_vit", weights="random", image_size=96).grid == (6, 6)
-    assert load_vision("timm:test_efficientnet", weights="random", image_size=96).grid == (3, 3)
+def test_features_that_are_several_maps_are_refused() -> None:
+    with pytest.raises(ModelError, match=r"M545.*feature maps.*layer=-2"):
+        empty_vision("timm:efficientvim_m1")
 
 
 def test_random_weights_are_the_same_wherever_they_are_made() -> None:
@@ -200,24 +223,48 @@ def test_random_weights_are_the_same_wherever_they_are_made() -> None:
 def test_unknown_names_are_refused_with_the_nearest() -> None:
     with pytest.raises(ModelError, match=r"M543.*did you mean 'vit_tiny_patch16_224'"):
         load_vision("timm:vit_tiny_patch16_225", weights="random")
-    with pytest.raises(ModelError, match="M541"):
+    with pytest.raises(ModelError, match=r"M543.*did you mean 'vit_tiny_patch16_224.augreg_in21k'"):
+        load_vision("timm:vit_tiny_patch16_224.augreg_in21")
+    with pytest.raises(ModelError, match=r"M541.*names no source"):
         load_vision("vit_tiny_patch16_224")
+    with pytest.raises(ModelError, match=r"M541.*did you mean 'open_clip'"):
+        load_vision("openclip:ViT-B-32")
 
 
-def test_a_frozen_encoder_gives_no_graph_and_stays_in_eval_mode() -> None:
-    encoder = load_vision("timm:test_efficientnet", weights="random")
-    outer = torch.nn.ModuleDict({"vision": encoder, "other": torch.nn.Dropout()})
-    outer.train()
-    assert outer["other"].training
-    assert not any(m.training for m in encoder.modules())
-    image = torch.randn(2, 3, 160, 160, requires_grad=True)
-    assert not encoder(image).requires_grad
+def test_a_timm_model_without_pretrained_weights_is_not_called_unreachable() -> None:
+    with pytest.raises(ModelError, match=r"M543.*no pretrained weights of 'vit_giant_patch14_224'.*vision.weights"):
+        load_vision("timm:vit_giant_patch14_224")
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["timm:hf-hub:nobody/none", "timm:test_vit", "open_clip:hf-hub:nobody/none", "open_clip:RN50:cc12m", "hf:no/one"],
+)
+def test_weights_that_cannot_be_fetched_are_one_line(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(EnvironmentFault, match=r"E420.*cannot be fetched"):
+        load_vision(name)
+
+
+def test_a_broken_directory_is_not_called_unreachable(tmp_path: Path) -> None:
+    name = save(CLIP, tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(ModelError, match="M547"):
+        load_vision(name)
 
 
 def test_a_tuned_encoder_gives_a_graph_and_trains(tmp_path: Path) -> None:
-    save(tmp_path, "clip")
-    encoder: Encoder = load_vision(f"hf:{tmp_path}", layer=-2).requires_grad_(True)
+    encoder = load_vision(save(CLIP, tmp_path), layer=-2).requires_grad_(True)
     encoder.train()
-    encoder(torch.randn(1, 3, 32, 32)).sum().backward()
+    encoder(picture(32)).sum().backward()
     assert encoder.backbone.training
-    assert encoder.backbone.encoder.layers[0].mlp.fc1.weight.grad is not None  # type: ignore[union-attr, index]
+    assert all(p.grad is not None for p in encoder.parameters())
+
+
+def test_a_frozen_batch_norm_does_not_move() -> None:
+    encoder = load_vision("timm:test_efficientnet", weights="random")
+    outer = nn.ModuleDict({"vision": encoder, "other": nn.Dropout()}).train()
+    assert outer["other"].training
+    before = {k: v.clone() for k, v in encoder.state_dict().items()}
+    encoder(picture(160))
+    assert all(torch.equal(v, before[k]) for k, v in encoder.state_dict().items())

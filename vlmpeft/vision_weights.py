@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -13,49 +14,91 @@ from vlmpeft import fs
 from vlmpeft.errors import ModelError
 
 By = Literal["name", "order"]
+Shapes = tuple[str, Sequence[int], Sequence[int]]  # a tensor's name, its shape in the file and in the model
 
 
-def load_weights(model: nn.Module, path: Path, by: By) -> None:
-    """Load a weights file into `model`, all of it. Raises: ModelError M542 naming the first that does not fit."""
-    found, expected = _read(path), model.state_dict()
-    if by == "order":
-        if path.suffix == ".safetensors":
-            raise ModelError("M542", f"{path.name} keeps no order: safetensors sorts.", "set vision.weights_by=name.")
-        if len(found) != len(expected):
-            counts = f"{path.name} holds {len(found)} tensors, the model {len(expected)}."
-            raise ModelError("M542", counts, "set vision.weights_by=name.")
-        found = dict(zip(expected, found.values(), strict=True))
-    wrong = [k for k in expected if k not in found or found[k].shape != expected[k].shape]
-    wrong += [k for k in found if k not in expected]
-    if wrong:
-        misfit = f"{path.name} does not fit the model: {len(wrong)} tensors differ, first '{wrong[0]}'"
-        raise ModelError(
-            "M542", f"{misfit}{_shapes(wrong[0], found, expected)}.", "check vision.name and vision.weights."
-        )
-    model.load_state_dict(found, strict=True)
+@dataclass(frozen=True)
+class Misfit:
+    """How a file and a model differ. missing: the file lacks them. unexpected: only the file holds them."""
+
+    missing: Sequence[str]
+    unexpected: Sequence[str]
+    shapes: Sequence[Shapes]
+
+    def refuse(self, file: Path) -> None:
+        """Raises: ModelError M542 naming the first of each kind, if there are any."""
+        said = []
+        if self.shapes:
+            name, there, here = self.shapes[0]
+            sizes = f"{tuple(there)} in the file and {tuple(here)} in the model"
+            said.append(f"{len(self.shapes)} of another shape, first '{name}': {sizes}")
+        if self.missing:
+            said.append(f"{len(self.missing)} missing, first '{self.missing[0]}'")
+        if self.unexpected:
+            said.append(f"{len(self.unexpected)} unknown to the model, first '{self.unexpected[0]}'")
+        if said:
+            misfit = f"the tensors of {file.name} do not fit the model: {'; '.join(said)}."
+            raise ModelError("M542", misfit, "check vision.name and vision.weights.")
 
 
-def _shapes(name: str, found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str:
-    if name in found and name in expected:
-        return f", which has shape {tuple(found[name].shape)} there and {tuple(expected[name].shape)} in the model"
-    return ", which only the file holds" if name in found else ", which the file lacks"
+def load_weights(model: nn.Module, file: Path, by: By, optional: Iterable[str] = ()) -> None:
+    """Load a weights file into `model`, all of it.
+
+    Args: optional: names of layers the model need not have from the file, such as a classifier.
+    Raises: ModelError M540 without the file, M542 naming the first that does not fit.
+    """
+    found, expected = read_weights(file), model.state_dict()
+    found = _by_order(found, expected, file) if by == "order" else _part(found, expected)
+    unneeded = tuple(f"{name}." for name in optional)
+    found = {k: v for k, v in found.items() if not k.startswith(unneeded)}
+    needed = {k: v for k, v in expected.items() if not k.startswith(unneeded)}
+    missing = [k for k in needed if k not in found]
+    unexpected = [k for k in found if k not in needed]
+    both = [k for k in needed if k in found]
+    shapes = [(k, found[k].shape, needed[k].shape) for k in both if found[k].shape != needed[k].shape]
+    Misfit(missing, unexpected, shapes).refuse(file)
+    model.load_state_dict(found, strict=False)  # all but the optional ones are there
 
 
-def _read(path: Path) -> Mapping[str, Tensor]:
-    """Tensors of a safetensors file, or of a pickled state dict converted once to safetensors (order kept)."""
+def _by_order(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], file: Path) -> Mapping[str, Tensor]:
+    """The file's tensors under the model's names, first to first. Raises: ModelError M542 if their number differs."""
+    if file.suffix == ".safetensors":
+        raise ModelError("M542", f"{file.name} keeps no order: safetensors sorts.", "set vision.weights_by=name.")
+    if len(found) != len(expected):
+        counts = f"{file.name} holds {len(found)} tensors, the model {len(expected)}."
+        raise ModelError("M542", counts, "set vision.weights_by=name.")
+    return dict(zip(expected, found.values(), strict=True))
+
+
+def _part(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """The encoder's tensors, of a file that may hold them below a name: `module.`, `visual.`, `backbone.`.
+
+    What stands beside that name, such as a text tower, is left out.
+    """
+    first = next(iter(expected))
+    names = ["", *(k.removesuffix(first) for k in found if k.endswith(f".{first}"))]
+    prefix = max(names, key=lambda p: sum(p + k in found for k in expected))
+    return {k.removeprefix(prefix): v for k, v in found.items() if k.startswith(prefix)}
+
+
+def read_weights(file: Path) -> Mapping[str, Tensor]:
+    """Tensors of a safetensors file, or of a pickled state dict converted once to safetensors (order kept).
+
+    Raises: ModelError M540 if there is no such file, M542 if it holds no plain tensors.
+    """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    if not path.is_file():
-        raise ModelError("M540", f"no weights file {path}.", "check vision.weights.")
-    if path.suffix == ".safetensors":
+    if not file.is_file():
+        raise ModelError("M540", f"no weights file {file}.", "check vision.weights.")
+    if file.suffix == ".safetensors":
         try:
-            return load_file(path)
+            return load_file(file)
         except SafetensorError as error:
-            raise ModelError("M542", f"{path} is not a safetensors file: {error}.", "fetch it again.") from error
-    converted = fs.cache_dir() / f"vision-{path.stem}-{fs.sha256(path)[:12]}.safetensors"
+            raise ModelError("M542", f"{file} is not a safetensors file: {error}.", "fetch it again.") from error
+    converted = fs.cache_dir() / f"vision-{file.stem}-{fs.sha256(file)[:12]}.safetensors"
     if not converted.is_file():
-        tensors = _unpickled(path)
+        tensors = _unpickled(file)
         fs.write_tensors(converted, {f"{i:05d}|{k}": v.clone() for i, (k, v) in enumerate(tensors.items())})
     tensors = load_file(converted)  # safetensors sorts by name: the index in front restores the file's order
     return {k.split("|", 1)[1]: tensors[k] for k in sorted(tensors)}
