@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import pytest
@@ -12,7 +11,11 @@ from vlmpeft.batch import IGNORE, IMAGE_TOKEN_ID
 from vlmpeft.errors import DataError, ModelError
 from vlmpeft.template import IMAGE, TEMPLATES, Content, Encoding, Exchange, TurnEncoder, parse_question, template_of
 
-ENDS = {"plain": "\n", "vicuna_v1": "</s>", "chatml": "<|im_end|>", "tokenizer": "<|im_end|>"}
+SUPERVISED = {
+    "plain": "{}\n", "vicuna_v1": "{}</s>", "chatml": "{}<|im_end|>", "tokenizer": "{}<|im_end|>",
+    **dict.fromkeys(("vicuna_v1_legacy", "phi", "gemma"), " {}</s>"),
+    **dict.fromkeys(("llama_2", "mistral"), " {} </s>"),
+}  # fmt: skip
 ANSWERS = (
     "Yes", " leading space", "\nleading newline", "7 things", "ends with a space ", "a ASSISTANT: b USER: c", "</s>",
     "no</s><s> more", "<|im_end|>\n<|im_start|>user\nhello", "<unk> <image> \\<image>", "[INST] x [/INST]",
@@ -51,7 +54,7 @@ def test_supervised_tokens_spell_every_answer_and_its_end(
     for start in range(len(ANSWERS)):
         answers = [ANSWERS[(start + k) % len(ANSWERS)] for k in range(turns)]
         encoding = encoder.encode(conversation(answers), independent)
-        assert supervised_text(any_tokenizer, encoding) == "".join(a + ENDS[template] for a in answers)
+        assert supervised_text(any_tokenizer, encoding) == "".join(SUPERVISED[template].format(a) for a in answers)
         assert all(label in (IGNORE, i) for i, label in zip(encoding.input_ids, encoding.labels, strict=True))
         assert all(x == IGNORE for i, x in zip(encoding.input_ids, encoding.labels, strict=True) if i == IMAGE_TOKEN_ID)
         assert encoding.input_ids.count(IMAGE_TOKEN_ID) == 4
@@ -81,6 +84,27 @@ def test_layouts_read_as_the_published_ones(any_tokenizer: Any) -> None:
     assert text == begin + expected
     text = spelled(any_tokenizer, TurnEncoder(any_tokenizer, "tokenizer", 4, system="Sys.").encode(turns))
     assert text == expected
+
+
+def test_vicunas_text_is_one_for_the_templates_of_its_kind(any_tokenizer: Any) -> None:
+    begin = "<s>" if any_tokenizer.bos_token else ""
+    for template in ("vicuna_v1_legacy", "phi", "gemma"):
+        encoder = TurnEncoder(any_tokenizer, template, 4, system="Sys.")
+        text = spelled(any_tokenizer, encoder.encode(conversation(["Yes", "No"])))
+        assert text == f"{begin}Sys. USER: \nask 0 ASSISTANT: Yes</s>USER: ask 1 ASSISTANT: No</s>"
+        assert spelled(any_tokenizer, encoder.encode([Exchange(("q",))])) == f"{begin}Sys. USER: q ASSISTANT:"
+
+
+def test_instruct_layouts_read_as_the_published_ones(any_tokenizer: Any) -> None:
+    begin = "<s>" if any_tokenizer.bos_token else ""
+    turns = conversation(["Yes", "No"])
+    text = spelled(any_tokenizer, TurnEncoder(any_tokenizer, "llama_2", 4, system="Sys.").encode(turns))
+    system = "<<SYS>>\nSys.\n<</SYS>>\n\n"
+    assert text == f"{begin}[INST] {system}\nask 0 [/INST] Yes </s>{begin}[INST] ask 1 [/INST] No </s>"
+    text = spelled(any_tokenizer, TurnEncoder(any_tokenizer, "mistral", 4).encode(turns))
+    assert text == f"{begin}[INST] \nask 0 [/INST] Yes </s>[INST] ask 1 [/INST] No </s>"
+    text = spelled(any_tokenizer, TurnEncoder(any_tokenizer, "llama_2", 4).encode(turns))
+    assert text.startswith(f"{begin}[INST] <<SYS>>\nYou are a helpful language and vision assistant.")
 
 
 def test_plain_supervises_caption_and_newline_and_holds_no_human_text(any_tokenizer: Any) -> None:
@@ -191,12 +215,53 @@ def test_no_answer_is_predicted_from_another_turn(template: str, tokenizer: Any)
         assert label == IGNORE or encoding.turns[at - 1] == encoding.turns[at]
 
 
-def test_template_that_does_not_fit_the_tokenizer_is_refused(tokenizer: Any) -> None:
-    bare = copy.deepcopy(tokenizer)
-    bare.chat_template, bare.eos_token = None, None
-    for name, says in (("tokenizer", "no chat template"), ("vicuna_v1", "no eos token")):
-        with pytest.raises(ModelError, match=says) as caught:
-            template_of(name, bare)
-        assert caught.value.code == "M510"
-    with pytest.raises(ModelError, match="did you mean 'vicuna_v1'"):
+def test_new_tokens_stand_for_themselves_and_no_other_token_does() -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens(["<cat>", "<dog>"])
+    cat, dog = tokenizer.convert_tokens_to_ids(["<cat>", "<dog>"])
+    encoder = TurnEncoder(tokenizer, "chatml", 2, new_tokens=("<cat>",))
+    encoding = encoder.encode([Exchange(("What is <cat>?",), "a<cat> </s><dog>")])
+    assert encoding.input_ids.count(cat) == 2
+    assert encoding.labels.count(cat) == 1
+    assert {dog, tokenizer.eos_token_id}.isdisjoint(encoding.input_ids)
+    assert supervised_text(tokenizer, encoding) == "a<cat> </s><dog><|im_end|>"
+
+
+@pytest.mark.parametrize(
+    ("template", "says", "fix"),
+    [
+        ("tokenizer", "no chat template", "use template=vicuna_v1 or vicuna_v1_legacy or phi or gemma"),
+        ("chatml", r"no special token <\|im_end\|>", "use template=vicuna_v1 or "),
+        ("llama_2", r"a special token \[INST\]", "or phi or gemma"),
+    ],
+)
+def test_template_that_does_not_fit_the_tokenizer_names_those_that_do(template: str, says: str, fix: str) -> None:
+    tokenizer = make_plain_tokenizer(("<|im_start|>", "[INST]"))
+    with pytest.raises(ModelError, match=f"^\\[M510\\] template={template}, but .* {says}.*Fix: .*{fix}"):
+        TurnEncoder(tokenizer, template, 1)
+
+
+def test_tokenizer_without_eos_is_told_the_line_that_sets_it() -> None:
+    tokenizer = make_plain_tokenizer(())
+    tokenizer.eos_token = None
+    for template in ("vicuna_v1", "llama_2", "phi"):
+        with pytest.raises(ModelError, match=r"M510.*no eos token.*set language\.eos=TOKEN"):
+            TurnEncoder(tokenizer, template, 1)
+    assert TurnEncoder(tokenizer, "plain", 1).encode([Exchange((IMAGE,), "a")]).num_supervised > 0
+
+
+def make_plain_tokenizer(special: tuple[str, ...]) -> Any:
+    """The tiny tokenizer without a chat template, with these special tokens and </s> alone."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    core = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(letters)}, merges=[]))
+    core.pre_tokenizer, core.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    core.add_special_tokens(["</s>", *special])
+    return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="</s>")
+
+
+def test_unknown_template_names_the_nearest(tokenizer: Any) -> None:
+    with pytest.raises(ModelError, match=r"M509.*did you mean 'vicuna_v1'"):
         template_of("vicuna", tokenizer)

@@ -13,24 +13,30 @@ from torch import Tensor, nn
 from vlmpeft import fs
 from vlmpeft.errors import ModelError
 from vlmpeft.sources import hub_or_cache, require_complete, resolve, unreachable
+from vlmpeft.tokens import fit_tokenizer
 
 
-def load_language(name: str, *, dtype: torch.dtype = torch.float32, attention: str = "sdpa") -> tuple[Any, Any]:
+def load_language(
+    name: str, *, dtype: torch.dtype = torch.float32, attention: str = "auto", eos: str | None = None
+) -> tuple[Any, Any]:
     """Load a frozen causal LM and its tokenizer.
 
     Args:
         name: directory, hub id, `*.gguf` file, or `package:NAME/PATH` of one of them.
         dtype: of the weights.
-        attention: transformers' attention implementation.
+        attention: transformers' attention implementation; "auto" is sdpa where the architecture has it.
+        eos: the token that ends answers; None for the tokenizer's own.
 
     Returns: (model, tokenizer), the model frozen and in eval mode.
     Raises: EnvironmentFault E420 if it cannot be had; ModelError M510 for a tokenizer without an end token, M548 for
-        weights that lack a tensor, M511 for a head we cannot repeat.
+        weights that lack a tensor, M511 for a head we cannot repeat or tokens that have no row.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     source = resolve(name)
-    options: dict[str, Any] = {"dtype": dtype, "attn_implementation": attention, "trust_remote_code": False}
+    options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": False}
+    if attention != "auto":
+        options["attn_implementation"] = attention
     try:
         with hub_or_cache():
             directory = str(_converted(Path(source))) if source.endswith(".gguf") else source
@@ -40,12 +46,27 @@ def load_language(name: str, *, dtype: torch.dtype = torch.float32, attention: s
     except (OSError, ValueError) as error:
         raise unreachable(source, error) from error
     require_complete(name, info)
-    if tokenizer.eos_token_id is None:
-        endless = f"the tokenizer of {name} has no eos token, so answers would never end."
-        raise ModelError("M510", endless, "set eos_token in its tokenizer_config.json.")
+    fit_tokenizer(tokenizer, name, model.get_input_embeddings().weight.shape[0], eos)
     model.requires_grad_(False).eval()
     check_head(model, name)
     return model, tokenizer
+
+
+def load_tokenizer(name: str, eos: str | None = None) -> Any:
+    """The tokenizer of a causal LM without its weights. Args: as `load_language`. Raises: EnvironmentFault E420."""
+    from transformers import AutoTokenizer
+
+    source = resolve(name)
+    if source.endswith(".gguf"):
+        source = str(_converted(Path(source)))
+    try:
+        with hub_or_cache():
+            tokenizer: Any = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise unreachable(source, error) from error
+    if eos is not None:
+        tokenizer.eos_token = eos
+    return tokenizer
 
 
 def empty_language(name: str) -> Any:

@@ -7,26 +7,17 @@ or `<image>` typed by a person stays text.
 
 from __future__ import annotations
 
+import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
 from vlmpeft.batch import IGNORE, IMAGE_TOKEN_ID
 from vlmpeft.errors import DataError
-from vlmpeft.layouts import (
-    IMAGE,
-    TEMPLATES,
-    Content,
-    Exchange,
-    ImageSlot,
-    Plain,
-    Segment,
-    Template,
-    TokenizerTemplate,
-    parse_question,
-    template_of,
-)
+from vlmpeft.layout_names import TEMPLATES, template_of
+from vlmpeft.layout_tokenizer import TokenizerTemplate
+from vlmpeft.layouts import IMAGE, Content, Exchange, ImageSlot, Plain, Segment, Template, parse_question
 
 __all__ = ["IMAGE", "TEMPLATES", "Content", "Encoding", "Exchange", "ImageSlot", "Segment", "Template", "TurnEncoder"]
 __all__ += ["parse_question", "template_of"]
@@ -67,33 +58,48 @@ class TurnEncoder:
     Args:
         tokenizer: any Hugging Face tokenizer.
         template: a name of `TEMPLATES`.
-        image_tokens: tokens one image takes after the projector.
+        image_tokens: tokens one view of an image takes after the projector.
         system: system prompt; None keeps the template's own.
+        new_tokens: tokens of the user's own, which stand for themselves wherever a text holds them.
     """
 
-    def __init__(self, tokenizer: Any, template: str, image_tokens: int, system: str | None = None) -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        template: str,
+        image_tokens: int,
+        system: str | None = None,
+        new_tokens: Collection[str] = (),
+    ) -> None:
         self.tokenizer, self.image_tokens, self.system = tokenizer, image_tokens, system
         self.template = template_of(template, tokenizer)
         begin = tokenizer("a")["input_ids"][:1]
         own_begin = isinstance(self.template, TokenizerTemplate)  # a chat template writes its own beginning of sequence
         has_begin = tokenizer.bos_token_id is not None and begin == [tokenizer.bos_token_id]
         self.begin: list[int] = begin if has_begin and not own_begin else []
-        self._reserved = _reserved(tokenizer)
+        self._reserved = {i: t for i, t in _reserved(tokenizer).items() if t not in new_tokens}
         self._ids: dict[tuple[str, bool], list[int]] = {}
         self._backend = self._fast_backend()
         # SentencePiece puts the space before a word itself: "ASSISTANT:" + "Yes" is "ASSISTANT: Yes".
-        self.space_merges = tokenizer.convert_ids_to_tokens(self._tokenize("a", special=False))[0].startswith(
-            WORD_START
-        )
+        word = self._plain_ids("a", special=False)
+        self.space_merges = tokenizer.convert_ids_to_tokens(word)[0].startswith(WORD_START)
+        # Some tokenizers do it only where no space stands: written out, it is there for a text with a space of its own.
+        only_where_missing = self.space_merges and word == self._plain_ids(" a", special=False)
+        self._word_space = " " if only_where_missing else ""
 
     def _tokenize(self, text: str, special: bool) -> list[int]:
         key = (text, special)
         if key not in self._ids:
             if len(self._ids) >= REMEMBERED:
                 self._ids.clear()
-            ids = self._call(text, special) if self._backend is None else _rust_ids(self._backend, text, special)
-            self._ids[key] = ids if special else self._as_text(text, ids)
+            if special or not text:
+                self._ids[key] = self._plain_ids(text, special)
+            else:
+                self._ids[key] = self._as_text(text, self._plain_ids(self._word_space + text, special))
         return self._ids[key]
+
+    def _plain_ids(self, text: str, special: bool) -> list[int]:
+        return self._call(text, special) if self._backend is None else _rust_ids(self._backend, text, special)
 
     def _call(self, text: str, special: bool) -> list[int]:
         ids: list[int] = self.tokenizer(text, add_special_tokens=False, split_special_tokens=not special)["input_ids"]
@@ -151,7 +157,9 @@ class TurnEncoder:
             out[-1] = Segment("fixed", out[-1].text.removesuffix(" "))
         return out
 
-    def encode(self, exchanges: Sequence[Exchange], independent: bool = False) -> Encoding:
+    def encode(
+        self, exchanges: Sequence[Exchange], independent: bool = False, views: Sequence[int] | None = None
+    ) -> Encoding:
         """Ids, labels and turns of a conversation.
 
         Args:
@@ -159,16 +167,23 @@ class TurnEncoder:
             independent: answer each question by itself after the images (see `Batch.turns`). Conversations without
                 images, or with images after the first question, keep their order, and so does a template without
                 questions, where nothing but the turn before could predict an answer's first token.
+            views: how many of each image, in order of appearance (see `ImageTransform`); None for one each.
         """
+        counts = itertools.chain(views or (), itertools.repeat(1))
         if independent and len(exchanges) > 1 and _images_lead(exchanges) and not isinstance(self.template, Plain):
-            return self._encode_independent(exchanges)
+            return self._encode_independent(exchanges, counts)
         out = Encoding()
         out.add(self.begin, supervised=False, turn=0)
-        for segment in self._segments(exchanges):
-            out.add(self.segment_ids(segment), segment.kind in ("answer", "end"), turn=0)
+        self._append(out, self._segments(exchanges), 0, counts)
         return out
 
-    def _encode_independent(self, exchanges: Sequence[Exchange]) -> Encoding:
+    def _append(self, out: Encoding, segments: Sequence[Segment], turn: int, views: Iterator[int]) -> None:
+        """Add segments to an encoding; an image takes `image_tokens` for each of its views."""
+        for segment in segments:
+            ids = self.segment_ids(segment) * (next(views) if segment.kind == "image" else 1)
+            out.add(ids, segment.kind in ("answer", "end"), turn)
+
+    def _encode_independent(self, exchanges: Sequence[Exchange], views: Iterator[int]) -> Encoding:
         first = exchanges[0].question
         images = first[: max(i for i, c in enumerate(first) if isinstance(c, ImageSlot)) + 1]
         out = Encoding()
@@ -177,10 +192,8 @@ class TurnEncoder:
             question = first if turn == 1 else (*images, *_after_image(exchange.question))
             segments = self._segments([Exchange(question, exchange.answer)])
             shared = max(i for i, s in enumerate(segments) if s.kind == "image") + 1
-            for segment in segments[:shared] if turn == 1 else []:
-                out.add(self.segment_ids(segment), supervised=False, turn=0)
-            for segment in segments[shared:]:
-                out.add(self.segment_ids(segment), segment.kind in ("answer", "end"), turn=turn)
+            self._append(out, segments[:shared] if turn == 1 else [], 0, views)
+            self._append(out, segments[shared:], turn, views)
         return out
 
 
