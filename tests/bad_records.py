@@ -61,7 +61,7 @@ BAD: dict[str, tuple[str, Any]] = {  # one of each kind
     "image a dict": ("D102", record(image={"path": "a.png"})),
     "image an empty name": ("D102", record(image="")),
     "image list with null": ("D102", record(image=["a.png", None])),
-    "images instead of image": ("D102", record("q", image=None, images=["a.png"])),
+    "image and images": ("D102", record(images=["a.png"])),
     "image missing": ("D103", record(image="aa.png")),
     "image in another case": ("D103", record(image="A.PNG")),
     "image a folder": ("D103", record(image="sub")),

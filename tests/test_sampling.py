@@ -4,36 +4,42 @@ from __future__ import annotations
 
 import math
 import random
+from collections import Counter
 from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 
-from vlmpeft.sampling import epoch_batches, micro_batches
-
-IMAGE = (Path("a.png"),)
+from vlmpeft.sampling import epoch_batches, epoch_samples, epoch_size, micro_batches
 
 
 @dataclass(frozen=True)
-class Item:
-    input_ids: tuple[int, ...]
-    images: tuple[Path, ...]
+class Items:
+    lengths: list[int]
+    pictures: list[int]
+    shares: list[tuple[int, float]]
+
+    def __len__(self) -> int:
+        return len(self.lengths)
 
 
-def mix(images: int, texts: int, seed: int = 0) -> list[Item]:
+def items(rows: list[tuple[int, int]]) -> Items:
+    """Samples of one file. Args: rows: length and number of images of each."""
+    return Items([n for n, _ in rows], [i for _, i in rows], [(len(rows), 1.0)])
+
+
+def mix(images: int, texts: int, seed: int = 0) -> Items:
     """Samples in random order; an image takes 40 tokens beside its text."""
     rng = random.Random(seed)
-    items = [Item((0,) * (40 + rng.randint(1, 60)), IMAGE) for _ in range(images)]
-    items += [Item((0,) * rng.randint(1, 200), ()) for _ in range(texts)]
-    rng.shuffle(items)
-    return items
+    rows = [(40 + rng.randint(1, 60), 1) for _ in range(images)] + [(rng.randint(1, 200), 0) for _ in range(texts)]
+    rng.shuffle(rows)
+    return items(rows)
 
 
 MIXES = [(64, 0), (0, 64), (999, 1), (1, 999), (50, 50), (13, 7), (12, 12), (9, 8), (1, 1), (1, 0), (8, 8), (15, 15)]
 
 
-def kinds(samples: list[Item], step: list[int]) -> set[bool]:
-    return {bool(samples[i].images) for i in step}
+def kinds(samples: Items, step: list[int]) -> set[bool]:
+    return {bool(samples.pictures[i]) for i in step}
 
 
 @pytest.mark.parametrize("group", ["none", "length", "modality"])
@@ -64,12 +70,12 @@ def test_every_step_but_the_last_is_of_one_modality(images: int, texts: int, siz
             assert len(steps[-1]) == rest
 
 
-def waste(samples: list[Item], steps: list[list[int]], micro: int) -> int:
+def waste(samples: Items, steps: list[list[int]], micro: int) -> int:
     """Padded positions over all forwards."""
     total = 0
     for step in steps:
         for forward in micro_batches(step, micro):
-            lengths = [len(samples[i].input_ids) for i in forward]
+            lengths = [samples.lengths[i] for i in forward]
             total += max(lengths) * len(lengths) - sum(lengths)
     return total
 
@@ -85,15 +91,15 @@ def test_grouping_pads_far_less_than_chance(images: int, texts: int, group: str)
 def test_image_tokens_count_as_length() -> None:
     """Two texts of one token and two of 100, one of each with an image of 100 tokens: by total length they pair up."""
     texts = {0: 1, 1: 101, 2: 101, 3: 201}
-    samples = [Item((0,) * n, IMAGE if i in (1, 3) else ()) for i, n in texts.items()]
+    samples = items([(n, int(i in (1, 3))) for i, n in texts.items()])
     for epoch in range(8):
         steps = epoch_batches(samples, 2, "length", 0, epoch)
-        assert sorted(sorted(len(samples[i].input_ids) for i in step) for step in steps) == [[1, 101], [101, 201]]
+        assert sorted(sorted(samples.lengths[i] for i in step) for step in steps) == [[1, 101], [101, 201]]
 
 
 def test_steps_of_like_length_come_in_random_order() -> None:
     samples = mix(200, 0)
-    firsts = [len(samples[s[0]].input_ids) for s in epoch_batches(samples, 8, "length", 0, 0)]
+    firsts = [samples.lengths[s[0]] for s in epoch_batches(samples, 8, "length", 0, 0)]
     assert firsts not in (sorted(firsts), sorted(firsts, reverse=True))
 
 
@@ -114,3 +120,35 @@ def test_a_forward_holds_neighbours_of_the_step() -> None:
     assert micro_batches([9, 8, 7, 6, 5, 4, 3], 3) == [[9, 8], [7, 6], [5, 4, 3]]
     assert micro_batches([9, 8, 7, 6], 4, rank=1, world=2) == [[8, 6]]
     assert micro_batches([9], 4, rank=1, world=2) == [[]]
+
+
+SHARES = [(10, 1.0), (4, 2.5), (7, 0.3), (3, 2.0), (5, 0.01)]
+
+
+def test_weight_is_how_often_a_sample_is_seen_an_epoch_on_average() -> None:
+    epochs = [Counter(epoch_samples(SHARES, 1, epoch)) for epoch in range(70)]
+    starts = [0, 10, 14, 21, 24, 29]
+    for part, (count, weight) in enumerate(SHARES):
+        rows = range(starts[part], starts[part + 1])
+        seen = [sum(epoch[i] for epoch in epochs) for i in rows]
+        a_time = max(1, round(count * weight)) if weight < 1 else count * weight  # at least one sample of every file
+        assert sum(seen) == 70 * a_time
+        assert max(seen) - min(seen) <= 1
+        assert all(int(weight) <= epoch[i] <= int(weight) + 1 for epoch in epochs for i in rows)
+
+
+def test_every_epoch_has_the_same_size_and_is_fixed_by_seed_and_epoch() -> None:
+    drawn = {(seed, epoch): epoch_samples(SHARES, seed, epoch) for seed in (1, 2) for epoch in (0, 1)}
+    assert {len(rows) for rows in drawn.values()} == {epoch_size(SHARES)} == {10 + 10 + 2 + 6 + 1}
+    assert len({tuple(rows) for rows in drawn.values()}) == 4
+    assert epoch_samples(SHARES, 2, 1) == drawn[2, 1]
+    assert epoch_samples([(6, 1.0)], 0, 3) == list(range(6))
+
+
+@pytest.mark.parametrize("group", ["none", "length", "modality"])
+def test_batches_hold_what_the_weights_ask_for(group: str) -> None:
+    samples = mix(20, 9)
+    weighted = Items(samples.lengths, samples.pictures, SHARES)
+    steps = epoch_batches(weighted, 4, group, seed=3, epoch=5)
+    assert sorted(i for step in steps for i in step) == sorted(epoch_samples(SHARES, 3, 5))
+    assert len(steps) == math.ceil(epoch_size(SHARES) / 4)

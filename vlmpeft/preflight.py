@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from vlmpeft.build import Bundle
-from vlmpeft.data import Prepared, prepare, split_held_out, supervised_share
+from vlmpeft.data_config import DataFile
 from vlmpeft.errors import ConfigError
 from vlmpeft.features import cache_features
-from vlmpeft.images import open_image
+from vlmpeft.images import ImageReader
+from vlmpeft.mixture import split_held_out, supervised_share
+from vlmpeft.prepare import Preparation, Prepared, prepare
 from vlmpeft.recipe import Recipe
 from vlmpeft.stage import StageData
-from vlmpeft.template import TurnEncoder
 from vlmpeft.trackers import check_trackers
 
 Say = Callable[[str], None]
 
 
-def data_file(recipe: Recipe, stage: str) -> Path:
-    """The file a stage reads."""
-    return Path(str(getattr(recipe.data, recipe.stages[stage].source)))
+def data_files(recipe: Recipe, stage: str) -> tuple[DataFile, ...]:
+    """The files a stage reads."""
+    return recipe.data.files(recipe.stages[stage].source)
 
 
 def check_recipe(recipe: Recipe) -> None:
@@ -36,8 +39,11 @@ def check_recipe(recipe: Recipe) -> None:
             raise ConfigError("C106", message, f"write {key}=FILE data.images=DIR.")
         if not stage.tuners:
             raise ConfigError("C106", f"stage {name} trains nothing.", "give it a tuner, for example lora.r=16.")
-        if not data_file(recipe, name).is_file():
-            raise ConfigError("C110", f"{key}={data_file(recipe, name)}: no such file.", f"check {key}.")
+        for file in data_files(recipe, name):
+            if not Path(file.path).exists():
+                raise ConfigError("C110", f"{key}={file.path}: no such file.", f"check {key}.")
+            if file.images and not Path(file.images).is_dir():
+                raise ConfigError("C110", f"{key}: images={file.images}: no such folder.", f"check {key}.")
     if recipe.data.images and not Path(recipe.data.images).is_dir():
         raise ConfigError("C110", f"data.images={recipe.data.images}: no such folder.", "check data.images.")
     check_trackers(recipe.run.trackers)
@@ -54,31 +60,41 @@ def prepare_stages(bundle: Bundle, directory: Path, say: Say) -> tuple[dict[str,
     Raises: DataError.
     """
     recipe, data = bundle.recipe, bundle.recipe.data
-    prepared = {name: _prepare(bundle, name, directory, say) for name in recipe.stages}
-    load: Any = lambda path: bundle.image_transform(open_image(path))  # noqa: E731
+    read = ImageReader(bundle.image_transform)
+    prepared = {name: _prepare(bundle, name, read, directory, say) for name in recipe.stages}
+    load: Callable[[Path], Tensor] = read
     workers = data.workers
-    paths = [path for found in prepared.values() for sample in found.samples for path in sample.images]
-    if data.cache_features and paths:
+    paths = [path for found in prepared.values() for path in found.samples.images()] if data.cache_features else []
+    if paths:
         vision: Any = bundle.model.vision
-        load, workers = cache_features(vision, bundle.image_transform, paths), 0
+        load, workers = cache_features(vision, read, paths), 0
     stages = {}
     for name, found in prepared.items():
         train, held_out = split_held_out(found.samples, data.held_out, recipe.run.seed)
         stages[name] = StageData(train, held_out, load, workers)
-    return stages, {"data": {name: _facts(found, data_file(recipe, name)) for name, found in prepared.items()}}
+    return stages, {"data": {name: _facts(found, data_files(recipe, name)) for name, found in prepared.items()}}
 
 
-def _prepare(bundle: Bundle, name: str, directory: Path, say: Say) -> Prepared:
-    recipe, stage = bundle.recipe, bundle.recipe.stages[name]
-    encoder = TurnEncoder(bundle.tokenizer, stage.template, bundle.image_tokens, stage.system)
+def preparation(bundle: Bundle, name: str, read: ImageReader) -> Preparation:
+    """How a stage's records become samples."""
+    stage = bundle.recipe.stages[name]
+    independent, size = stage.turns == "independent", bundle.image_transform.size
+    encoder = bundle.turn_encoder(stage)
+    return Preparation(bundle.recipe.data, encoder, independent, read.num_views, size, bundle.recipe.tokens.add)
+
+
+def _prepare(bundle: Bundle, name: str, read: ImageReader, directory: Path, say: Say) -> Prepared:
     report = directory / f"bad_samples-{name}.jsonl"
-    found = prepare(data_file(recipe, name), recipe.data, encoder, stage.turns == "independent", report)
+    found = prepare(data_files(bundle.recipe, name), preparation(bundle, name, read), report)
     supervised, tokens = supervised_share(found.samples)
     line = f"{name}: records {found.records:,} = used {len(found.samples):,} + skipped {len(found.skipped):,}"
     say(f"{line}; {supervised:,} of {tokens:,} tokens supervised ({supervised / tokens:.1%})")
+    if found.animated:
+        say(f"{name}: images of several frames or pages, of which the first is shown: {found.animated:,}")
     return found
 
 
-def _facts(found: Prepared, file: Path) -> dict[str, Any]:
+def _facts(found: Prepared, files: Sequence[DataFile]) -> dict[str, Any]:
     counts = {"records": found.records, "used": len(found.samples), "skipped": len(found.skipped)}
-    return {"file": str(file), "fingerprint": found.fingerprint, **counts}
+    counts["animated"] = found.animated
+    return {"file": ", ".join(file.path for file in files), "fingerprint": found.fingerprint, **counts}

@@ -1,16 +1,17 @@
-"""LLaVA conversation files to conversations: every bad record is found and named before a model loads."""
+"""Records to conversations: every bad one is found and named before anything trains."""
 
 from __future__ import annotations
 
-import json
-import re
-from collections.abc import Mapping
+import hashlib
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vlmpeft import fs
 from vlmpeft.errors import DataError
-from vlmpeft.images import check_header, open_image
+from vlmpeft.images import MAX_PIXELS, check_header, open_image
+from vlmpeft.normalise import normalised
 from vlmpeft.safe_paths import ImageFolder
 from vlmpeft.template import IMAGE, Content, Exchange, ImageSlot, parse_question
 
@@ -20,63 +21,19 @@ ASSISTANT = ("gpt", "assistant")
 
 @dataclass(frozen=True)
 class Conversation:
-    """One record. where: file, index and id, for messages. images: files, in order of their marks."""
+    """One record.
+
+    Args:
+        where: file, index and id, for messages.
+        images: files, in order of their marks.
+        system: the record's own system prompt, if it has one.
+    """
 
     uid: str
     where: str
     exchanges: tuple[Exchange, ...]
     images: tuple[Path, ...]
-
-
-def read_records(path: Path) -> list[Any]:
-    """Records of a JSON list or JSON-lines file; a byte-order mark is accepted.
-
-    Raises: DataError D101 with file, line and column.
-    """
-    if not path.is_file():
-        raise DataError("D101", f"no data file {path}.", "check data.pretrain and data.instruct.")
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError("D101", f"{path} is not UTF-8 (byte {error.start}).", "save it as UTF-8.") from error
-    start = text.lstrip()[:1]
-    if start == "[":
-        records = _parse(text, path, 1)
-    elif start == "{":  # only line feeds end a record: a string may hold other line separators, as U+2028
-        rows = [(n, line) for n, line in enumerate(text.split("\n"), start=1) if line.strip()]
-        records = [_parse(line, path, n, " (a JSON-lines file needs one whole record a line)") for n, line in rows]
-    else:
-        raise DataError("D101", f"{path} is neither a JSON list nor JSON lines.", "write a list of records.")
-    if not records:
-        raise DataError("D101", f"{path} holds no record.", "write a list of records.")
-    return list(records)
-
-
-def _parse(text: str, path: Path, line: int, hint: str = "") -> Any:
-    def refuse(constant: str) -> Any:
-        raise _Constant(constant)
-
-    try:
-        return json.loads(text, parse_constant=refuse)
-    except json.JSONDecodeError as error:
-        number, column, reason = line + error.lineno - 1, error.colno, error.msg + hint
-    except _Constant as error:
-        number, column = _place(text, str(error), line)
-        reason = f"{error} is not JSON"
-    except (RecursionError, ValueError) as error:
-        number, column, reason = line, 1, "nested too deeply" if isinstance(error, RecursionError) else str(error)
-    raise DataError("D101", f"{path} line {number} column {column}: {reason}.", "mend the JSON there.")
-
-
-class _Constant(Exception):
-    """NaN, Infinity or -Infinity, which Python's parser would take for a number."""
-
-
-def _place(text: str, constant: str, line: int) -> tuple[int, int]:
-    """Line and column of the first `constant` outside a string."""
-    tokens = re.finditer(r'"(?:[^"\\]|\\.)*"|' + re.escape(constant), text)
-    start = next((t.start() for t in tokens if t.group() == constant), 0)
-    return line + text.count("\n", 0, start), start - text.rfind("\n", 0, start)
+    system: str | None = None
 
 
 class RecordParser:
@@ -86,27 +43,38 @@ class RecordParser:
         path: the file, for messages.
         images: folder image names are relative to; nothing outside it is opened.
         auto_image_token: put missing `<image>` marks before the first question instead of refusing.
-        verify: "header" reads image headers, "full" decodes.
+        verify: "header" reads image headers, "full" decodes, "none" opens no image.
+        max_pixels: of an image.
+
+    Attributes: animated: files with several frames or pages, of which the first is shown.
     """
 
-    def __init__(self, path: Path, images: Path | None, auto_image_token: bool = False, verify: str = "header") -> None:
-        self.path, self.auto, self.verify = path, auto_image_token, verify
+    def __init__(
+        self,
+        path: Path,
+        images: Path | None,
+        auto_image_token: bool = False,
+        verify: str = "header",
+        max_pixels: int = MAX_PIXELS,
+    ) -> None:
+        self.path, self.auto, self.verify, self.max_pixels = path, auto_image_token, verify, max_pixels
+        self.animated: set[Path] = set()
         self.folder = ImageFolder(images) if images else None
-        self.seen: dict[str, Path | DataError] = {}  # a file shown in many records is read once
+        self.seen: dict[str, str | DataError] = {}  # a file shown in many records is read once
 
     def __call__(self, index: int, record: Any) -> Conversation:
         """Raises: DataError D102-D110, D120, all with file, index and id."""
-        uid = str(record.get("id", index)) if isinstance(record, Mapping) else str(index)
+        uid = identifier(record) or str(index)
         where = f'{self.path} record {index} id="{uid}"'
         try:
             if not isinstance(record, Mapping):
                 raise DataError("D102", f"a record must be an object, got {type(record).__name__}.")
-            if "images" in record and "image" not in record:
-                raise DataError("D102", "no key 'image', but 'images'.", "call it image; it may hold a list.")
-            exchanges = self._exchanges(record.get("conversations"))
-            names = self._image_names(record.get("image"))
+            found = normalised(record)
+            exchanges = self._exchanges(found["conversations"])
+            names = self._image_names(found["image"])
             exchanges = self._match_images(exchanges, len(names))
-            return Conversation(uid, where, tuple(exchanges), tuple(self._image(n) for n in names))
+            images = tuple(Path(self._image(name)) for name in names)
+            return Conversation(uid, where, tuple(exchanges), images, found["system"])
         except DataError as error:
             raise DataError(error.code, f"{where}: {error.message}", error.fix) from error
 
@@ -130,10 +98,10 @@ class RecordParser:
         return [Exchange(parse_question(q["value"]), a["value"]) for q, a in zip(turns[::2], turns[1::2], strict=True)]
 
     @staticmethod
-    def _image_names(value: Any) -> list[str]:
-        names = [] if value is None else [value] if isinstance(value, str) else value
-        if not isinstance(names, list) or not all(isinstance(n, str) and n for n in names):
-            raise DataError("D102", f"'image' must be a name, a list of names or absent, got {value!r:.40}.")
+    def _image_names(names: list[Any]) -> list[str | bytes]:
+        for name in names:
+            if not (isinstance(name, str | bytes) and name):
+                raise DataError("D102", f"'image' must be a name, a list of names or absent, got {name!r:.40}.")
         return names
 
     def _match_images(self, exchanges: list[Exchange], images: int) -> list[Exchange]:
@@ -150,23 +118,48 @@ class RecordParser:
         fix = "set data.auto_image_token=true to put it first." if marks == 0 else "write one <image> for each image."
         raise DataError("D107", f"{images} images but {marks} <image> in the questions.", fix)
 
-    def _image(self, name: str) -> Path:
-        if self.folder is None:
-            raise DataError("D103", f"image '{name:.200}' is given, but no image folder.", "set data.images=DIR.")
-        if name not in self.seen:
+    def _image(self, image: str | bytes) -> str:
+        """The file of a name, or of bytes that are kept as one."""
+        key = image if isinstance(image, str) else hashlib.sha256(image).hexdigest()
+        if key not in self.seen:
             try:
-                self.seen[name] = self._checked(self.folder, name)
+                self.seen[key] = str(self._checked(self._named(image) if isinstance(image, str) else _kept(key, image)))
             except DataError as error:
-                self.seen[name] = error
-        found = self.seen[name]
+                self.seen[key] = error
+        found = self.seen[key]
         if isinstance(found, DataError):
             raise found
         return found
 
-    def _checked(self, folder: ImageFolder, name: str) -> Path:
-        path = folder.find(name)
+    def _named(self, name: str) -> Path:
+        if self.folder is None:
+            raise DataError("D103", f"image '{name:.200}' is given, but no image folder.", "set data.images=DIR.")
+        return self.folder.path(name) if self.verify == "none" else self.folder.find(name)
+
+    def _checked(self, path: Path) -> Path:
+        if self.verify != "none" and check_header(path, self.max_pixels).animated:
+            self.animated.add(path)
         if self.verify == "full":
-            open_image(path)
-        else:
-            check_header(path)
+            open_image(path, self.max_pixels)
         return path
+
+    def refused_files(self) -> Iterator[Path]:
+        """Files, or places of files, that were refused: once they change, the records deserve another look."""
+        for name, found in self.seen.items():
+            if isinstance(found, DataError) and self.folder is not None and found.code != "D120":
+                yield self.folder.path(name)
+
+
+def identifier(record: Any) -> str | None:
+    """The id a record was given."""
+    given = record.get("id") if isinstance(record, Mapping) else None
+    return None if given is None else str(given)
+
+
+def _kept(digest: str, data: bytes) -> Path:
+    """An image that came inside the data, as a file of the cache."""
+    path = fs.cache_dir() / "images" / digest[:2] / digest
+    if not path.is_file() or path.stat().st_size != len(data):
+        with fs.writing(path) as temporary:
+            temporary.write_bytes(data)
+    return path

@@ -4,24 +4,30 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor
 
-from vlmpeft.data import Sample, epoch_batches
+from vlmpeft.mixture import Mixture
 from vlmpeft.recipe import Stage
+from vlmpeft.sampling import Measured, epoch_batches, epoch_size
 
 
 @dataclass(frozen=True)
 class StageData:
     """Samples of a stage and how an image file becomes a tensor."""
 
-    train: Sequence[Sample]
-    held_out: Sequence[Sample]
+    train: Mixture
+    held_out: Mixture
     load: Callable[[Path], Tensor]
     workers: int
+
+    @property
+    def epoch(self) -> int:
+        """Samples an epoch sees."""
+        return epoch_size(self.train.shares)
 
 
 @dataclass(frozen=True)
@@ -38,7 +44,7 @@ class StageResult:
 
 
 def total_steps(stage: Stage, samples: int) -> int:
-    """Optimizer steps of a stage: `optim.steps`, or `optim.epochs` over the samples."""
+    """Optimizer steps of a stage: `optim.steps`, or `optim.epochs` over the samples an epoch sees."""
     per_epoch = math.ceil(samples / stage.batch.size)
     return stage.optim.steps or max(1, round(stage.optim.epochs * per_epoch))
 
@@ -49,9 +55,9 @@ def counter_seed(*counters: object) -> int:
     return int.from_bytes(digest[:4], "big")
 
 
-def planned(stage: Stage, samples: Sequence[Sample], seed: int, first: int, last: int) -> Iterator[list[int]]:
+def planned(stage: Stage, samples: Measured, seed: int, first: int, last: int) -> Iterator[list[int]]:
     """Sample indices of optimizer steps `first` to `last` - 1."""
-    per_epoch = math.ceil(len(samples) / stage.batch.size)
+    per_epoch = math.ceil(epoch_size(samples.shares) / stage.batch.size)
     batches: list[list[int]] = []
     for step in range(first, last):
         epoch, within = divmod(step, per_epoch)
