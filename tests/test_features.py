@@ -13,13 +13,14 @@ from typing import Any
 import pytest
 import torch
 from conftest import write_images
+from PIL import Image
 from torch import Tensor, nn
 
 from vlmpeft import fs
 from vlmpeft.encoder import Encoder, Pixels
 from vlmpeft.errors import DataError
 from vlmpeft.features import FeatureCache, cache_features
-from vlmpeft.images import ImageTransform, open_image
+from vlmpeft.images import ImageReader, ImageTransform, open_image
 
 FORK = multiprocessing.get_context("fork")
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
@@ -63,11 +64,11 @@ def built(
 ) -> tuple[FeatureCache, int]:
     """Returns: cache, encoder calls it took."""
     encoder = encoder or Patches()
-    return cache_features(encoder, transform, paths, batch_size=3), encoder.calls
+    return cache_features(encoder, ImageReader(transform), paths, batch_size=3), encoder.calls
 
 
 def pixels(path: Path) -> Tensor:
-    return TRANSFORM(open_image(path))
+    return TRANSFORM(open_image(path))[0]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -78,7 +79,7 @@ def test_features_are_the_encoders_own_bit_for_bit(dtype: torch.dtype, cache: Pa
         expected = encoder(torch.stack([pixels(p) for p in paths[start : start + 3]]))
         for path, feature in zip(paths[start : start + 3], expected, strict=True):
             assert feature.dtype == dtype
-            assert torch.equal(features(path), feature)
+            assert torch.equal(features(path), feature[None])
 
 
 def test_a_real_encoder_gives_its_own_bits_too(cache: Path, paths: list[Path]) -> None:
@@ -86,9 +87,9 @@ def test_a_real_encoder_gives_its_own_bits_too(cache: Path, paths: list[Path]) -
 
     encoder = load_vision("timm:test_efficientnet", weights="random")
     transform = ImageTransform(encoder.image_size, encoder.mean, encoder.std)
-    features = cache_features(encoder, transform, paths[:4], batch_size=4)
-    expected = encoder(torch.stack([transform(open_image(p)) for p in paths[:4]]))
-    assert all(torch.equal(features(p), e) for p, e in zip(paths, expected, strict=False))
+    features = cache_features(encoder, ImageReader(transform), paths[:4], batch_size=4)
+    expected = encoder(torch.cat([transform(open_image(p)) for p in paths[:4]]))
+    assert all(torch.equal(features(p)[0], e) for p, e in zip(paths, expected, strict=False))
 
 
 def test_second_use_encodes_nothing(cache: Path, paths: list[Path]) -> None:
@@ -130,7 +131,7 @@ def test_changed_image_is_encoded_again(cache: Path, paths: list[Path]) -> None:
     assert calls > 0
     assert not torch.equal(after(paths[1]), old)
     expected = Patches()(torch.stack([pixels(p) for p in paths[:3]]))
-    assert torch.equal(after(paths[1]), expected[1])
+    assert torch.equal(after(paths[1])[0], expected[1])
 
 
 def test_file_that_lost_bytes_is_built_again(cache: Path, paths: list[Path]) -> None:
@@ -184,7 +185,7 @@ def test_killed_build_leaves_no_cache_and_no_litter(call: int, cache: Path, path
     assert list(cache.glob(f"{fs.TEMPORARY}*"))  # what the dead process was writing
     features, calls = built(paths)
     assert calls == 3
-    assert torch.equal(features(paths[0]), Patches()(torch.stack([pixels(p) for p in paths[:3]]))[0])
+    assert torch.equal(features(paths[0])[0], Patches()(torch.stack([pixels(p) for p in paths[:3]]))[0])
     assert sorted(p.suffix for p in cache.iterdir()) == [".bin", ".lock"]
 
 
@@ -204,3 +205,14 @@ def test_processes_that_want_the_same_cache_build_it_once(cache: Path, paths: li
         child.join()
     assert sorted(calls for calls, _ in found) == [0, 0, 3]
     assert len({total for _, total in found}) == 1
+
+
+def test_an_image_of_several_views_keeps_them_together(cache: Path, paths: list[Path]) -> None:
+    transform = ImageTransform(32, MEAN, STD, "anyres", ((1, 2), (2, 2), (3, 1)))
+    Image.new("RGB", (32, 96), (9, 9, 9)).save(paths[2])
+    read, encoder = ImageReader(transform), Patches()
+    features = cache_features(encoder, read, paths, batch_size=3)
+    assert [len(features(path)) for path in paths[:4]] == [5, 5, 4, 5]
+    for path in paths:
+        assert torch.equal(features(path), Patches()(read(path)))
+    assert cache_features(Patches(), read, paths).rows == features.rows

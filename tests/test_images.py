@@ -199,7 +199,7 @@ def test_pixels_equal_clips_own_processor(mode: Any, size: int) -> None:
     transform = ImageTransform(size, MEAN, STD, mode)
     for width, height in SIZES:
         image = noise(width, height, seed=width)
-        pixels = transform(image)
+        [pixels] = transform(image)
         assert (pixels.shape, pixels.dtype) == ((3, size, size), torch.float32)
         torch.testing.assert_close(pixels, clip_pixels(image, size, mode == "pad"), atol=1e-5, rtol=0)
 
@@ -208,7 +208,7 @@ def test_borders_are_padded_with_the_mean_or_cropped_away() -> None:
     assert ImageTransform(8, MEAN, STD).fill == (122, 116, 104)  # LLaVA's colour for CLIP
     assert ImageTransform(8, (0.5,) * 3, STD).fill == (127, 127, 127)
     wide = Image.new("RGB", (30, 10), RED)
-    padded = ImageTransform(30, MEAN, STD, "pad")(wide)
+    [padded] = ImageTransform(30, MEAN, STD, "pad")(wide)
     assert padded[:, :10].abs().max() < 0.02  # the mean normalises to 0, up to the rounding of the fill
     assert padded[:, 20:].abs().max() < 0.02
     red = (torch.tensor(RED) / 255 - torch.tensor(MEAN)) / torch.tensor(STD)
@@ -216,6 +216,18 @@ def test_borders_are_padded_with_the_mean_or_cropped_away() -> None:
     assert torch.allclose(
         ImageTransform(10, MEAN, STD, "square")(wide), red[:, None, None].expand(3, 10, 10), atol=1e-6
     )
+
+
+def test_a_long_strip_is_made_smaller_before_it_is_padded(monkeypatch: pytest.MonkeyPatch) -> None:
+    strip = Image.fromarray(np.tile(np.arange(0, 250, 2, dtype=np.uint8)[None, :, None], (20, 1, 3))).resize((1000, 20))
+    whole = ImageTransform(32, MEAN, STD)(strip)
+    sides: list[tuple[int, int]] = []
+    new = Image.new
+    monkeypatch.setattr(Image, "new", lambda mode, size, *more: sides.append(size) or new(mode, size, *more))
+    monkeypatch.setattr(images, "MAX_CANVAS", 256)
+    assert (ImageTransform(32, MEAN, STD)(strip) - whole).abs().mean() < 0.02
+    assert (256, 256) in sides
+    assert (1000, 1000) not in sides
 
 
 def test_limit_of_pixels_is_the_documented_one() -> None:

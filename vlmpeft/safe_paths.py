@@ -11,6 +11,7 @@ from vlmpeft.errors import DataError
 
 HINTS = 20  # missing files for which a nearest name is searched: a wrong folder makes every file missing
 SEARCHED = 5000  # names of a folder that are compared letter by letter
+LONGEST = 255  # characters of a name on the file systems in use
 
 
 class ImageFolder:
@@ -48,14 +49,33 @@ class ImageFolder:
         return path
 
     def hint(self, path: Path) -> str:
-        """What to say of a file that is not there: the nearest name beside it, or how many files there are."""
-        inside = str(path) != self.root and path.parent.is_dir()
-        names = self._listing(path.parent if inside else Path(self.root))
-        close = [n for n in names if n.lower() == path.name.lower()]
+        """What to say of a file that is not there: why, or the nearest name, or how many files there are."""
+        if os.path.isdir(path) and str(path) != self.root:
+            return ": it is a folder"
+        if len(path.name) > LONGEST:
+            return f": a name of {len(path.name):,} characters is too long for a file"
+        near = self._nearest(path)
+        if near is None and path.parent != Path(self.root):  # perhaps it is here without its folder
+            near = self._like(path.name, Path(self.root))
+        if near is not None and str(near) != self.root:
+            return f"; did you mean '{near.relative_to(self.root)}'?"
+        return f" ({len(self._listing(Path(self.root)))} files there)"
+
+    def _nearest(self, path: Path) -> Path | None:
+        """What is there and most like `path`, part by part; None if a part is like nothing."""
+        if str(path) == self.root or os.path.lexists(path):
+            return path
+        folder = self._nearest(path.parent)
+        return self._like(path.name, folder) if folder is not None and folder.is_dir() else None
+
+    def _like(self, name: str, folder: Path) -> Path | None:
+        """The entry of a folder that is called almost `name`: in another case, or else a few letters apart."""
+        names = self._listing(folder)
+        close = [n for n in names if n.lower() == name.lower()]
         if not close and self._hints < HINTS:
             self._hints += 1
-            close = difflib.get_close_matches(path.name, names[:SEARCHED], n=1)
-        return f"; did you mean '{close[0]}'?" if close else f" ({len(names)} files there)"
+            close = difflib.get_close_matches(name, names[:SEARCHED], n=1)
+        return folder / close[0] if close else None
 
     def _listing(self, folder: Path) -> list[str]:
         if folder not in self._names:
