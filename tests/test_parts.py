@@ -5,12 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from tiny_hf import MODELS
 from tiny_models import IMAGE_ID, hf_llava, our_vlm
 from torch import nn
 
+from vlmpeft import tune
 from vlmpeft.batch import IMAGE_TOKEN_ID
 from vlmpeft.errors import ModelError
-from vlmpeft.parts import Parts, adapter_root, parameter_table, parts_by_name, parts_of, path_of, table_text
+from vlmpeft.parts import PARTS, Parts, adapter_root, parameter_table, parts_by_name, parts_of, path_of, table_text
+from vlmpeft.tuners import Full, LoRA
 
 
 def test_finds_the_parts_of_a_hugging_face_llava() -> None:
@@ -23,6 +26,48 @@ def test_finds_the_parts_of_a_hugging_face_llava() -> None:
     assert list(parts.blocks) == list(model.model.language_model.layers)
     assert parts.image_token_id == IMAGE_ID
     assert adapter_root(model, parts) is model
+
+
+LLAVA = ("model.vision_tower", "model.multi_modal_projector", "model.language_model", "lm_head")
+IDEFICS = ("model.vision_model", "model.connector", "model.text_model", "lm_head")
+QWEN = ("model.visual", "model.visual.merger", "model.language_model", "lm_head")
+PLACES = {
+    **dict.fromkeys(MODELS, LLAVA),
+    **dict.fromkeys(("idefics 3", "smolvlm"), IDEFICS),
+    **dict.fromkeys(("qwen2-vl", "qwen2.5-vl", "qwen3-vl"), QWEN),
+    "blip-2": ("vision_model", "language_projection", "language_model", "language_model.lm_head"),
+}
+LEFT_OVER = {"llava next": "model.image_newline", "llava onevision": "model.image_newline", "blip-2": "query_tokens"}
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_finds_the_parts_of_hugging_face_vlms(kind: str) -> None:
+    model = MODELS[kind]()
+    parts = parts_of(model)
+    assert tuple(path_of(model, parts.get(part)) for part in PARTS) == PLACES[kind]
+    assert parts.lm_head is model.get_output_embeddings()
+    assert len(parts.blocks) == 2
+    assert parts.image_token_id == model.config.image_token_id == 60
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_tuning_them_trains_the_projector_and_adapters_in_the_language_model_alone(kind: str) -> None:
+    model = MODELS[kind]()
+    total = sum(p.numel() for p in model.parameters())
+    tuned = tune(model, [LoRA(r=2), Full("projector")])
+    _, projector, language, _ = PLACES[kind]
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert {name for name in trained if "lora_" not in name} == {
+        f"{projector}.{name}" for name, _ in tuned.parts.projector.named_parameters()
+    }
+    assert {name.startswith(f"{language}.") for name in trained if "lora_" in name} == {True}
+    rows = {row["part"]: row for row in tuned.table()}
+    assert sum(row["total"] for row in rows.values()) == total  # tied tensors once
+    assert rows["vision"]["trainable"] == 0
+    assert ("other" in rows) is (kind in LEFT_OVER)
+    if kind in LEFT_OVER:
+        assert parts_by_name(model, tuned.parts)[LEFT_OVER[kind]] == "other"
+        assert rows["other"]["trainable"] == 0
 
 
 def test_a_model_of_ours_describes_itself(language_dir: Path) -> None:
@@ -49,8 +94,19 @@ def test_a_model_without_blocks_or_with_some_other_attribute_parts_is_refused() 
         parts_of(model)
     other = nn.Linear(2, 2)
     other.parts = "wheels"  # type: ignore[assignment]
-    with pytest.raises(ModelError, match="M532"):
+    with pytest.raises(ModelError, match=r"M532.*find vision, projector, language, lm_head, image_token_id in a Lin"):
         parts_of(other)
+
+
+def test_a_vlm_without_a_head_or_an_image_token_is_refused() -> None:
+    headless = hf_llava()
+    del headless.lm_head
+    with pytest.raises(ModelError, match=r"M532.*cannot find lm_head in a LlavaForConditionalGeneration"):
+        parts_of(headless)
+    model = MODELS["blip-2"]()
+    model.config.image_token_index = None
+    with pytest.raises(ModelError, match=r"M532.*cannot find image_token_id in a Blip2ForConditionalGeneration"):
+        parts_of(model)
 
 
 def test_an_empty_projector_is_a_projector() -> None:

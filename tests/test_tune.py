@@ -119,6 +119,29 @@ def test_merge_keeps_the_outputs_and_unmerge_the_bytes(make: Any, kind: str) -> 
     assert {k for k in changed(before, model) if "lora_" not in k} == set()
 
 
+@pytest.mark.parametrize("kind", MODELS)
+def test_merged_and_unloaded_it_is_a_plain_model_that_gives_the_same(make: Any, kind: str, tmp_path: Path) -> None:
+    model, inputs = make(kind)
+    names = set(model.state_dict())
+    tuned = tune(model, [LoRA(4), Full()])
+    randomise(tuned.trainable())
+    adapted, base = logits(model, inputs), {k: v.clone() for k, v in tuned.plain_state().items()}
+    assert set(base) == names
+    tuned.merge()
+    merged = {k: v.clone() for k, v in tuned.plain_state().items()}
+    assert {k for k in names if not merged[k].equal(base[k])} == {
+        name.replace(".lora_A.", ".") for name in adapters(kind) if "lora_A" in name
+    }
+    tuned.merge_and_unload()
+    assert set(model.state_dict()) == names
+    assert all(torch.equal(v, merged[k]) for k, v in model.state_dict().items())
+    assert (logits(model, inputs) - adapted).abs().max() <= 1e-5
+    assert not tuned.trainable()
+    assert not any(p.requires_grad for p in model.parameters())
+    assert tuned.save(tmp_path) == PROJECTOR[kind]  # what was tuned in place is still known
+    tune(model, [LoRA(2)])
+
+
 def test_merging_into_a_tied_weight_is_refused(make: Any) -> None:
     model, _ = make("ours")  # its head is the embedding table
     tuned = tune(model, [LoRA(2, part="lm_head")])

@@ -11,12 +11,15 @@ from typing import Any
 import torch
 
 from vlmpeft import fs
+from vlmpeft.anyres import TILES
 from vlmpeft.build import Bundle, assemble, choose_device, choose_dtype, enter_stage
 from vlmpeft.config import load_recipe, to_yaml
 from vlmpeft.errors import ModelError
 from vlmpeft.images import ImageTransform
 from vlmpeft.manifest import verify, write_manifest
 from vlmpeft.weights import PROJECTOR, assign, read_strict
+
+MERGED = "language"  # the folder of a merged language model inside a model directory
 
 
 def save(bundle: Bundle, target: Path, extra: Callable[[Path], Mapping[str, Any]] | None = None) -> None:
@@ -97,6 +100,13 @@ def restore_weights(bundle: Bundle, directory: Path) -> None:
     bundle.tuned.load(directory)
 
 
+def reload(bundle: Bundle, directory: Path, device: torch.device, dtype: torch.dtype) -> None:
+    """Put a bundle's model anew on its base with the weights of `directory`: after FSDP2, which cannot be undone."""
+    fresh = assemble(bundle.recipe, device, dtype, bundle.recipe.run.seed)
+    restore(fresh, directory, verify(directory))
+    bundle.model, bundle.tuned = fresh.model, fresh.tuned
+
+
 def start_from(bundle: Bundle, directory: Path) -> None:
     """Take the projector of another run's model directory, as stage 2 starts from stage 1.
 
@@ -126,6 +136,9 @@ def load(directory: str | Path, device: str = "auto", dtype: torch.dtype | None 
     directory = Path(directory)
     manifest = verify(directory)
     recipe = load_recipe(str(directory / "recipe.yaml"))
+    if (directory / MERGED / "config.json").is_file():  # wherever the directory has been moved
+        language = dataclasses.replace(recipe.language, name=str(directory / MERGED))
+        recipe = dataclasses.replace(recipe, language=language)
     where = choose_device(device)
     bundle = assemble(recipe, where, dtype or choose_dtype(recipe.run.precision, where), recipe.run.seed)
     restore(bundle, directory, manifest)
@@ -136,4 +149,5 @@ def load(directory: str | Path, device: str = "auto", dtype: torch.dtype | None 
 
 
 def _transform(values: Mapping[str, Any]) -> ImageTransform:
-    return ImageTransform(values["size"], tuple(values["mean"]), tuple(values["std"]), values["mode"])
+    tiles = tuple((rows, columns) for rows, columns in values.get("tiles", TILES))  # older directories name none
+    return ImageTransform(**{**values, "mean": tuple(values["mean"]), "std": tuple(values["std"]), "tiles": tiles})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -121,36 +122,44 @@ def adapter_root(model: nn.Module, parts: Parts) -> nn.Module:
     return parts.language if head_inside else model
 
 
-def _child(model: nn.Module, *paths: str) -> nn.Module | None:
+LAYOUTS = {  # where Hugging Face models keep a part, the first path that is there; a projector may lie inside the tower
+    "vision": ("model.vision_tower", "model.vision_model", "model.visual", "vision_tower", "vision_model"),
+    "projector": (
+        "model.multi_modal_projector", "model.connector", "model.visual.merger", "multi_modal_projector",
+        "language_projection",
+    ),
+    "language": ("model.language_model", "model.text_model", "language_model"),
+    "lm_head": ("lm_head", "language_model.lm_head"),
+}  # fmt: skip
+BLOCKS = ("layers", "model.layers", "model.decoder.layers")  # inside the language model
+
+
+def _child(model: nn.Module, paths: Sequence[str]) -> nn.Module | None:
     for path in paths:
-        try:
+        with contextlib.suppress(AttributeError):
             return model.get_submodule(path)
-        except AttributeError:
-            continue
     return None
 
 
 def parts_of(model: nn.Module) -> Parts:
-    """Find the parts of a model we assembled or of a Hugging Face LLaVA layout.
+    """Find the parts of a model we assembled or of a Hugging Face VLM: LLaVA and its kin (LLaVA-NeXT, LLaVA-OneVision,
+    PaliGemma, InternVL, Mistral 3, Gemma 3, Aya Vision), Idefics and SmolVLM, Qwen-VL from the second on, BLIP-2.
 
     Raises: ModelError M532 with what is missing, for layouts we do not know.
     """
     if isinstance(model, HasParts) and isinstance(model.parts, Parts):
         return model.parts
-    vision = _child(model, "model.vision_tower", "model.vision_model", "vision_tower")
-    projector = _child(model, "model.multi_modal_projector", "model.connector", "multi_modal_projector")
-    language = _child(model, "model.language_model", "model.text_model", "language_model")
-    head = _child(model, "lm_head", "language_model.lm_head")
-    blocks = None if language is None else _child(language, "layers", "model.layers")
+    found = {part: _child(model, paths) for part, paths in LAYOUTS.items()}
+    blocks = None if found["language"] is None else _child(found["language"], BLOCKS)
     config = getattr(model, "config", None)
     image_token_id = getattr(config, "image_token_id", getattr(config, "image_token_index", None))
-    if vision is None or projector is None or language is None or head is None or image_token_id is None:
-        found = {"vision": vision, "projector": projector, "language": language, "lm_head": head}
-        missing = [name for name, part in {**found, "image_token_id": image_token_id}.items() if part is None]
+    known = {name: part for name, part in found.items() if part is not None}
+    missing = [name for name in PARTS if name not in known]
+    missing += [] if isinstance(blocks, nn.ModuleList) or "language" in missing else ["the decoder blocks"]
+    missing += ["image_token_id"] if image_token_id is None else []
+    if missing or image_token_id is None or not isinstance(blocks, nn.ModuleList):
         raise _unknown_layout(model, ", ".join(missing))
-    if not isinstance(blocks, nn.ModuleList):
-        raise _unknown_layout(model, "the decoder blocks")
-    return Parts(vision, projector, language, head, list(blocks), int(image_token_id))
+    return Parts(**known, blocks=list(blocks), image_token_id=int(image_token_id))
 
 
 def _unknown_layout(model: nn.Module, missing: str) -> ModelError:

@@ -8,15 +8,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from torch import nn
+from torch import Tensor, nn
 
+from vlmpeft.conflicts import named_after_parts, refuse_conflict, structure
 from vlmpeft.errors import ModelError
 from vlmpeft.parts import Parts, parameter_table, parts_of, path_of
+from vlmpeft.tuners.attachment import Attachment
 from vlmpeft.tuners.base import Tuner
-from vlmpeft.tuners.full import Full
-from vlmpeft.tuners.linear import AdaptedLinear, replace_module
-from vlmpeft.tuners.lora import LoRA, LoRALinear
-from vlmpeft.weights import assign, read_tuned, write_tuned
+from vlmpeft.tuners.linear import AdaptedLinear
+from vlmpeft.weights import assign, plain_name, read_tuned, write_tuned
 
 
 @dataclass(frozen=True)
@@ -96,6 +96,11 @@ class Tuned:
         """What trains now, by name in the model; tied tensors once."""
         return {k: p for parameters in self.claims().values() for k, p in parameters.items()}
 
+    def plain_state(self) -> dict[str, Tensor]:
+        """Every tensor of the model, buffers included, under the name it has without adapters; theirs are left out."""
+        added = self._added()
+        return {plain_name(k): v for k, v in self.model.state_dict().items() if k not in added}
+
     def tuned_names(self) -> set[str]:
         """Every parameter tuned so far, trained now or in an earlier stage."""
         return {k for applied in self.applied.values() for k in applied.parameters}
@@ -118,30 +123,58 @@ class Tuned:
             for parameters, values in read_tuned(self.applied.values(), self.model, self.parts, Path(directory)):
                 assign(parameters, values)
 
-    def _adapters(self) -> list[LoRALinear]:
-        return [m for m in self.model.modules() if isinstance(m, LoRALinear)]
+    def _adapters(self) -> list[Attachment]:
+        return [m for m in self.model.modules() if isinstance(m, Attachment)]
+
+    def _added(self) -> set[str]:
+        """Names of the parameters that adapters brought."""
+        found = [(path, m) for path, m in self.model.named_modules() if isinstance(m, Attachment)]
+        return {f"{path}.{name}" for path, m in found for name in m.own_parameters()}
 
     def merge(self) -> None:
         """Fold the adapters into the weights they sit on; outputs stay, up to rounding.
 
-        Raises: ModelError M555 for an adapter on a tied weight: its twin would change too.
+        Raises: ModelError M555 for an adapter on a tied weight, whose twin would change too; M556 for one that has no
+            form as weights.
         """
-        uses = Counter(id(p) for _, p in self.model.named_parameters(remove_duplicate=False))
-        for path, layer in self.model.named_modules():
-            if isinstance(layer, LoRALinear) and uses[id(layer.base_layer.weight)] > 1:
-                raise ModelError("M555", f"{path} shares its weight with another layer.", "keep its adapter unmerged.")
+        self._refuse_merge()
         for layer in self._adapters():
             layer.merge()
+
+    def _refuse_merge(self) -> None:
+        uses = Counter(id(p) for _, p in self.model.named_parameters(remove_duplicate=False))
+        for path, layer in self.model.named_modules():
+            if isinstance(layer, Attachment) and layer.unmergeable:
+                reason = f"{path} ({type(layer).__name__}) cannot be merged: {layer.unmergeable}."
+                raise ModelError("M556", reason, "keep it beside the base, or remove() it first.")
+            if isinstance(layer, AdaptedLinear) and uses[id(layer.base_layer.weight)] > 1:
+                raise ModelError("M555", f"{path} shares its weight with another layer.", "keep its adapter unmerged.")
 
     def unmerge(self) -> None:
         """Undo `merge`, bit for bit."""
         for layer in self._adapters():
             layer.unmerge()
 
+    def merge_and_unload(self) -> None:
+        """Fold the adapters in for good and take them out: the model is a plain one, and nothing trains.
+
+        Layer by layer, so that no second copy of the weights is held. Fully tuned parts stay known, and are saved.
+        Raises: ModelError M555, M556 as `merge`.
+        """
+        self._refuse_merge()
+        added = self._added()
+        for layer in self._adapters():
+            layer.settle()
+        self._take_out(self._adapters())
+        self.applied = {name: a for name, a in self.applied.items() if not added.issuperset(a.parameters)}
+        self._rename()
+        self.active = set()
+        self.model.requires_grad_(False)
+
     @contextlib.contextmanager
     def _unmerged(self) -> Iterator[None]:
         """The adapters apart from their base inside a `with` block; merged again after it if they were."""
-        merged = [layer for layer in self._adapters() if layer.merged_from is not None]
+        merged = [layer for layer in self._adapters() if layer.merged]
         for layer in merged:
             layer.unmerge()
         try:
@@ -166,46 +199,27 @@ class Tuned:
     def remove(self) -> None:
         """Take the adapters out: the base layers stand again, bit for bit.
 
-        Raises: ModelError M553 if a part was fully tuned: its old weights are nowhere but in the base checkpoint.
+        Raises: ModelError M553 if a part was tuned in place: its old weights are nowhere but in the base checkpoint.
         """
-        full = [a.name for a in self.applied.values() if isinstance(a.tuner, Full)]
-        if full:
-            message = f"'{full[0]}' tuned its part in place and cannot be removed."
+        added = self._added()
+        in_place = [a.name for a in self.applied.values() if not added.issuperset(a.parameters)]
+        if in_place:
+            message = f"'{in_place[0]}' tuned its part in place and cannot be removed."
             raise ModelError("M553", message, "load the base again.")
         self._take_out(self._adapters())
         self.applied, self.active = {}, set()
         self.model.requires_grad_(False)
 
-    def _take_out(self, layers: Sequence[LoRALinear]) -> None:
+    def _take_out(self, layers: Sequence[Attachment]) -> None:
         chosen = {id(layer) for layer in layers}
-        for path, layer in [(n, m) for n, m in self.model.named_modules() if id(m) in chosen]:
-            if isinstance(layer, LoRALinear):
-                layer.unmerge()
-                replace_module(self.model, path, layer.base_layer)
+        for path, layer in list(self.model.named_modules()):
+            if isinstance(layer, Attachment) and id(layer) in chosen:
+                layer.take_out(self.model, path)
 
     def table(self) -> list[dict[str, object]]:
         """Rows of the trainable table: part, tuners, trainable and total parameters, each tensor counted once."""
         tuner_of = {key: name for name, parameters in self.claims().items() for key in parameters}
-        adapters = [(path, m) for path, m in self.model.named_modules() if isinstance(m, AdaptedLinear)]
-        inside = {
-            f"{path}.{k}" for path, m in adapters for k, _ in m.named_parameters() if not k.startswith("base_layer.")
-        }
-        return parameter_table(self.model, self.parts, tuner_of, inside)
-
-
-def refuse_conflict(name: str, tuner: Tuner, others: Mapping[str, Tuner]) -> None:
-    """Raise ModelError M552 if a new tuner has the name of another, or is a second LoRA on the same part."""
-    for other_name, other in others.items():
-        both_lora = isinstance(tuner, LoRA) and isinstance(other, LoRA)
-        if other_name == name or (both_lora and tuner.part == other.part):
-            message = f"tuner '{name}' ({tuner.kind} on {tuner.part}) meets another '{other_name}' there."
-            raise ModelError("M552", message, "use one of them, or the same settings (but lr) under the same name.")
-
-
-def structure(tuner: Tuner) -> tuple[str, dict[str, object]]:
-    """What must agree for two tuners to mean the same parameters used the same way: all but the learning rate."""
-    values = {key: value for key, value in vars(tuner).items() if key != "lr"}
-    return tuner.kind, values | ({"alpha": tuner.numerator} if isinstance(tuner, LoRA) else {})
+        return parameter_table(self.model, self.parts, tuner_of, self._added())
 
 
 def tune(model: nn.Module, tuners: Sequence[Tuner] | Mapping[str, Tuner], parts: Parts | None = None) -> Tuned:
@@ -218,21 +232,7 @@ def tune(model: nn.Module, tuners: Sequence[Tuner] | Mapping[str, Tuner], parts:
 
     Raises: ModelError M530-M532, M550-M552.
     """
-    named = dict(tuners) if isinstance(tuners, Mapping) else _named(tuners)
+    named = dict(tuners) if isinstance(tuners, Mapping) else named_after_parts(tuners)
     tuned = Tuned(model, parts or parts_of(model))
     tuned.apply(named)
     return tuned
-
-
-def _named(tuners: Sequence[Tuner]) -> dict[str, Tuner]:
-    names: dict[str, Tuner] = {}
-    for tuner in tuners:
-        name = tuner.part if isinstance(tuner, Full) else tuner.kind
-        if name in names:
-            name = f"{tuner.kind}_{tuner.part}"
-        if name in names:
-            raise ModelError(
-                "M552", f"two tuners are called '{name}'.", "name them: tune(model, {'a': ..., 'b': ...})."
-            )
-        names[name] = tuner
-    return names

@@ -9,7 +9,9 @@ from typing import ClassVar
 import torch
 from torch import nn
 
+from vlmpeft.errors import ModelError
 from vlmpeft.parts import Parts, path_of
+from vlmpeft.tuners.attachment import Attachment
 from vlmpeft.tuners.base import TUNERS, check, check_part
 
 
@@ -32,12 +34,19 @@ class Full:
         check(self.lr is None or 0 < self.lr <= 1, "full.lr", self.lr, "a number in (0, 1]")
 
     def apply(self, model: nn.Module, parts: Parts) -> Mapping[str, nn.Parameter]:
-        """Bring the part to fp32. Returns: its parameters by name; adapters already in it are not its own."""
+        """Bring the part to fp32. Returns: its parameters by name; adapters already in it are not its own.
+
+        Raises: ModelError M551 if the part has none.
+        """
         module = parts.get(self.part)
         prefix = path_of(model, module)
+        attached = (m for m in module.modules() if isinstance(m, Attachment))
+        others = {id(p) for one in attached for p in one.own_parameters().values()}
         trained: dict[str, nn.Parameter] = {}
         for name, parameter in module.named_parameters():
-            if not any(piece.startswith("lora_") for piece in name.split(".")):
+            if id(parameter) not in others:
                 parameter.data = parameter.data.to(torch.float32)
                 trained[f"{prefix}.{name}" if prefix else name] = parameter
+        if not trained:
+            raise ModelError("M551", f"the {self.part} has no weights to train.", "drop this tuner.")
         return trained

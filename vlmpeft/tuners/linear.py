@@ -1,24 +1,67 @@
-"""Finding and wrapping linear layers: what the adapters on linear layers share."""
+"""Finding and wrapping linear layers: what the adapters on linear layers share. Letters: d_in d_out widths."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from vlmpeft.errors import ModelError, nearest
 from vlmpeft.parts import Parts, path_of
+from vlmpeft.tuners.attachment import Attachment
 
 ALL_LINEAR = "all-linear"
 PRESETS = {"minimal": ("q_proj", "v_proj"), "standard": ("q_proj", "k_proj", "v_proj", "o_proj")}
 
 
-class AdaptedLinear(nn.Module):
-    """A linear layer that keeps its base as `base_layer` and adds something of its own; see the tuners for what."""
+class AdaptedLinear(Attachment):
+    """A linear layer that keeps its base as `base_layer` and adds something of its own; see the tuners for what.
 
-    def __init__(self, base: nn.Module) -> None:
+    Args:
+        base: stays as it is but while merged.
+    """
+
+    base_layer: nn.Linear
+
+    def __init__(self, base: nn.Linear) -> None:
         super().__init__()
         self.base_layer = base
+        self.merged_from: Tensor | None = None  # the base weight as it was before `merge`
+
+    @property
+    def merged(self) -> bool:
+        """Whether the base weight holds the update."""
+        return self.merged_from is not None
+
+    def delta(self) -> Tensor:
+        """What the adapter adds to the base weight, (d_out, d_in)."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        """Fold the update into the base weight; `unmerge` brings the old weight back bit for bit."""
+        weight = self.base_layer.weight
+        if self.merged_from is None:
+            self.merged_from = weight.detach().clone()
+            weight.copy_(weight + self.delta())  # the sum in fp32 or wider, rounded once
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """Undo `merge`."""
+        if self.merged_from is not None:
+            self.base_layer.weight.copy_(self.merged_from)
+            self.merged_from = None
+
+    def settle(self) -> None:
+        """Merge for good: the old weight is forgotten."""
+        self.merge()
+        self.merged_from = None
+
+    def take_out(self, model: nn.Module, path: str) -> None:
+        """Put the base back in its place."""
+        self.unmerge()
+        replace_module(model, path, self.base_layer)
 
 
 def is_linear(module: nn.Module) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from collections.abc import Mapping
@@ -25,8 +26,6 @@ class LoRALinear(AdaptedLinear):
     starts as its base.
     """
 
-    base_layer: nn.Linear
-
     def __init__(self, base: nn.Linear, r: int, scale: float, dropout: float) -> None:
         super().__init__(base)
         device = base.weight.device
@@ -35,14 +34,13 @@ class LoRALinear(AdaptedLinear):
         nn.init.kaiming_uniform_(self.lora_A.weight, a=math.sqrt(5))
         nn.init.zeros_(self.lora_B.weight)
         self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
-        self.scale, self.enabled = scale, True
-        self.merged_from: Tensor | None = None  # the base weight as it was before `merge`
+        self.scale = scale
         self.train(base.training)  # or the dropout would act in a model that is in eval mode
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., d_in) -> (..., d_out) in the base's dtype."""
         out: Tensor = self.base_layer(x)
-        if not self.enabled or self.merged_from is not None:
+        if not self.enabled or self.merged:
             return out
         low = self.lora_A(self.dropout(self._to_adapter(x)))  # (..., r)
         if low.dtype == out.dtype:  # one product that adds into the output: no (..., d_out) tensor of its own
@@ -59,21 +57,6 @@ class LoRALinear(AdaptedLinear):
     def delta(self) -> Tensor:
         """The weight update scale * B A, (d_out, d_in), fp32."""
         return (self.lora_B.weight @ self.lora_A.weight) * self.scale
-
-    @torch.no_grad()
-    def merge(self) -> None:
-        """Fold the update into the base weight; `unmerge` brings the old weight back bit for bit."""
-        weight = self.base_layer.weight
-        if self.merged_from is None:
-            self.merged_from = weight.detach().clone()
-            weight.copy_(weight + self.delta())  # the sum in fp32 or wider, rounded once
-
-    @torch.no_grad()
-    def unmerge(self) -> None:
-        """Undo `merge`."""
-        if self.merged_from is not None:
-            self.base_layer.weight.copy_(self.merged_from)
-            self.merged_from = None
 
 
 @TUNERS.register("lora")
@@ -117,6 +100,10 @@ class LoRA:
     def scale(self) -> float:
         """alpha / r, or alpha / sqrt(r)."""
         return self.numerator / (math.sqrt(self.r) if self.rslora else self.r)
+
+    def resolved(self) -> LoRA:
+        """The same tuner with alpha written out, so that equal adapters compare equal."""
+        return dataclasses.replace(self, alpha=self.numerator)
 
     def apply(self, model: nn.Module, parts: Parts) -> Mapping[str, nn.Parameter]:
         """Wrap the target layers. Returns: A and B of each, by name."""

@@ -1,0 +1,50 @@
+"""When two tuners are the same, when they are in each other's way, and what they are called."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Protocol, runtime_checkable
+
+from vlmpeft.errors import ModelError
+from vlmpeft.tuners.base import Tuner
+from vlmpeft.tuners.full import Full
+
+
+@runtime_checkable
+class HasDefaults(Protocol):
+    """A tuner whose defaults depend on its other fields."""
+
+    def resolved(self) -> Tuner: ...
+
+
+def structure(tuner: Tuner) -> tuple[str, dict[str, object]]:
+    """What must agree for two tuners to mean the same parameters used the same way: all but the learning rate."""
+    plain = tuner.resolved() if isinstance(tuner, HasDefaults) else tuner
+    return tuner.kind, {key: value for key, value in vars(plain).items() if key != "lr"}
+
+
+def refuse_conflict(name: str, tuner: Tuner, others: Mapping[str, Tuner]) -> None:
+    """Raise ModelError M552 if a new tuner has the name of another, or is a second adapter of its kind on its part."""
+    for other_name, other in others.items():
+        same = (tuner.kind, tuner.part) == (other.kind, other.part) and not isinstance(tuner, Full)
+        if other_name == name or same:
+            message = f"tuner '{name}' ({tuner.kind} on {tuner.part}) meets another '{other_name}' there."
+            raise ModelError("M552", message, "use one of them, or the same settings (but lr) under the same name.")
+
+
+def named_after_parts(tuners: Sequence[Tuner]) -> dict[str, Tuner]:
+    """Name tuners after their kind, full tuning after its part; where that is taken, after both.
+
+    Raises: ModelError M552 if two names are equal nevertheless.
+    """
+    names: dict[str, Tuner] = {}
+    for tuner in tuners:
+        name = tuner.part if isinstance(tuner, Full) else tuner.kind
+        if name in names:
+            name = f"{tuner.kind}_{tuner.part}"
+        if name in names:
+            raise ModelError(
+                "M552", f"two tuners are called '{name}'.", "name them: tune(model, {'a': ..., 'b': ...})."
+            )
+        names[name] = tuner
+    return names

@@ -1,0 +1,46 @@
+"""What a tuner puts into a model, around a layer or beside the blocks, and how it comes out again."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from torch import nn
+
+BASE = "base_layer."  # what an attachment that wraps a layer keeps it under
+
+
+class Attachment(nn.Module):
+    """A module that a tuner added. `enabled` set to False lets the model work as if it were not there.
+
+    unmergeable: why it has no form as weights of the base; "" if it has one.
+    """
+
+    unmergeable: ClassVar[str] = ""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enabled = True
+
+    @property
+    def merged(self) -> bool:
+        """Whether the base's weights hold it now."""
+        return False
+
+    def merge(self) -> None:
+        """Fold it into the base's weights; called only if it can be."""
+        raise NotImplementedError
+
+    def unmerge(self) -> None:
+        """Undo `merge`, bit for bit."""
+
+    def settle(self) -> None:
+        """Merge for good."""
+        self.merge()
+
+    def take_out(self, model: nn.Module, path: str) -> None:
+        """Leave the model as it was before. Args: path: where it stands in `model`."""
+        raise NotImplementedError
+
+    def own_parameters(self) -> dict[str, nn.Parameter]:
+        """Its parameters by name below it, without those of the layer it wraps."""
+        return {k: p for k, p in self.named_parameters() if not k.startswith(BASE)}
