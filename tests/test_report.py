@@ -20,7 +20,7 @@ from vlmpeft.report_data import duration, interval
 
 ALERT = "<script>alert(1)</script>"
 VOID = {"meta", "input", "img", "br", "hr", "link"}
-SECTIONS = {"evaluation", "training", "parameters", "samples", "recipe", "versions"}
+SECTIONS = {"evaluation", "retention", "training", "parameters", "samples", "recipe", "versions"}
 
 
 class Page(HTMLParser):
@@ -108,6 +108,9 @@ def run_dir(tmp_path: Path) -> Path:
     (tmp_path / "samples.jsonl").write_text("\n".join(map(json.dumps, samples)))
     (tmp_path / "summary.json").write_text(json.dumps(summary))
     (tmp_path / "evaluation.json").write_text(json.dumps(evaluation))
+    retention = {"before": {"perplexity": 12.25, "texts": 30, "tokens": 500, "accuracy": 0.75, "questions": 32}}
+    retention["after"] = retention["before"] | {"perplexity": 13.5, "accuracy": 0.625}
+    (tmp_path / "retention.json").write_text(json.dumps(retention))
     (tmp_path / "recipe.yaml").write_text("lora: {r: 128}  # <tag> & more\n")
     return tmp_path
 
@@ -162,11 +165,19 @@ def test_cards_say_right_or_wrong_in_words_and_a_broken_picture_has_a_placeholde
     assert page.text.count("picture cannot be read") == 2
 
 
+def test_retention_shows_what_was_lost_and_on_how_little_that_rests(run_dir: Path) -> None:
+    html, page = read(run_dir)
+    assert "Perplexity  500 tokens of 30 texts 12.250 13.500 ▲ +1.250" in page.text
+    assert "Multiple choice, %  n = 32, 95 % interval 45.3 to 77.1 75.0 62.5 ▼ -12.5" in page.text
+    assert html.count('<td class="down">▲ +1.250') == html.count('<td class="down">▼ -12.5') == 1
+
+
 @pytest.mark.parametrize(
     ("name", "gone"),
     [
         ("metrics.jsonl", {"training"}),
         ("evaluation.json", {"evaluation"}),
+        ("retention.json", {"retention"}),
         ("samples.jsonl", {"samples"}),
         ("recipe.yaml", {"recipe"}),
         ("summary.json", {"parameters", "versions"}),

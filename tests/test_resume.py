@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from runs import in_child, kill_at_write, metrics, outcome, run_train, signal_at, tensors
 
-from vlmpeft import checkpoint, fs, loop, run
+from vlmpeft import checkpoint, forward, fs, loop, run
 from vlmpeft.resume import checkpoints
 
 # LoRA dropout, modality groups and accumulation are in the recipe; best checkpoints and early stopping come on top.
@@ -82,7 +82,7 @@ TERMS: dict[str, tuple[Callable[[], None], bool]] = {  # what sends SIGTERM, whe
     "while the model loads": (lambda: signal_at(run, "assemble", 1, signal.SIGTERM), False),
     "after the data is checked": (lambda: signal_at(run, "prepare_stages", 1, signal.SIGTERM, after=True), False),
     "mid-accumulation": (lambda: signal_at(loop.Accelerator, "backward", 3, signal.SIGTERM), True),
-    "in the evaluation still due": (lambda: signal_at(loop, "load_batches", 1, signal.SIGTERM), True),
+    "in the evaluation still due": (lambda: signal_at(forward, "load_batches", 1, signal.SIGTERM), True),
     "while a checkpoint is written": (lambda: signal_at(checkpoint, "write_manifest", 1, signal.SIGTERM), True),
     "in the last step of a stage": (lambda: signal_at(loop.StageTrainer, "_log", 4, signal.SIGTERM), True),
     "at the stage boundary": (lambda: signal_at(run, "save_checkpoint", 1, signal.SIGTERM), True),

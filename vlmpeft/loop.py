@@ -19,10 +19,13 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from tqdm import tqdm
 
-from vlmpeft import checkpoint, fs, resume
+from vlmpeft import checkpoint, fs, resume, sharding
 from vlmpeft.build import Bundle, enter_stage
 from vlmpeft.data import Loaded, Samples, load_batches, micro_batches
+from vlmpeft.distributed import any_process, total
+from vlmpeft.drift import Drift
 from vlmpeft.errors import EnvironmentFault, NumericError
+from vlmpeft.forward import checkpoint_activations, held_out_loss, loss_of
 from vlmpeft.manifest import verify
 from vlmpeft.optim import adamw, lr_factor, parameter_groups, set_lr
 from vlmpeft.recipe import RunConfig, Stage
@@ -51,14 +54,20 @@ class StageTrainer:
         self.run_dir, self.accelerator, self.position, self.facts = run_dir, accelerator, position, facts
         enter_stage(bundle, stage)
         checkpoint_activations(bundle.model.language, stage.gradient_checkpointing)
+        self.sharded = sharding.wanted(accelerator)
+        if self.sharded:
+            sharding.shard(bundle.tuned, accelerator)
+        self.drift = Drift(bundle.tuned, stage.optim.l2_sp) if stage.optim.l2_sp else None
         groups = parameter_groups(bundle.tuned, stage.optim.lr, stage.optim.weight_decay)
         self.optimizer = adamw(groups, stage.optim.betas, stage.optim.eps)
-        self.total = total_steps(stage, len(data.train))
+        self.total = total_steps(stage, data.epoch)
         self.samples = Samples(data.train, data.load)
 
     def resume(self, directory: Path) -> None:
-        """Bring back the optimizer of a checkpoint written inside this stage."""
+        """Bring back the optimizer, and what L2-SP starts from, of a checkpoint written inside this stage."""
         resume.load_optimizer(self.optimizer, directory)
+        if self.drift is not None:
+            resume.load_start(self.drift, directory)
 
     def train(self, stop: StopSignal) -> StageResult:
         """Run the stage to its end. The caller saves the end.
@@ -66,7 +75,7 @@ class StageTrainer:
         Raises: NumericError N301 for a loss or gradient that is not finite, before the update; EnvironmentFault E401
         out of memory; Preempted after SIGTERM, with the state saved.
         """
-        model, optimizer = self.accelerator.prepare(self.bundle.model, self.optimizer)
+        model, optimizer = self._prepared()
         started = time.perf_counter() - self.position.seconds
         over = self._is_over() if self.position.evaluated else self._after_step(model, stop)
         first = self.position.step
@@ -80,24 +89,33 @@ class StageTrainer:
                 group = [next(batches) for _ in share]
                 factor = lr_factor(step, self.total, self.stage.optim.warmup, self.stage.optim.schedule)
                 lrs = set_lr(self.optimizer, factor)
-                loss, norm, supervised = self._step(model, optimizer, group, step)
+                found = self._step(model, optimizer, group, step)
+                loss = found.pop("loss")
                 self.position = replace(
                     self.position, step=step + 1, total=self.position.total + 1, loss=loss,
                     evaluated=not self._evaluation_due(step + 1), seconds=time.perf_counter() - started,
+                    processes=self.accelerator.num_processes,
                 )  # fmt: skip
                 if (step + 1) % self.run.log_every == 0 or step + 1 == self.total:
                     speed = self._tokens(group) / (time.perf_counter() - began)
                     rates = {"lr": max(lrs.values()), "lrs": lrs}
-                    self._log(loss=loss, **rates, grad_norm=norm, tokens_per_s=speed, supervised_tokens=supervised)
+                    self._log(loss=loss, **rates, grad_norm=found.pop("grad_norm"), tokens_per_s=speed, **found)
                 bar.set_postfix(loss=f"{loss:.3f}", lr=f"{max(lrs.values()):.1e}", refresh=False)
                 bar.update()
                 if self._after_step(model, stop):
                     break
-        self.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+        if not self.sharded:
+            self.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
         self.accelerator.free_memory()
         self._take_best()
         done, table = self.position, self.bundle.tuned.table()
         return StageResult(self.name, done.step, done.seconds, len(self.data.train), done.loss, done.best_step, table)
+
+    def _prepared(self) -> tuple[Any, Any]:
+        """Model and optimizer for this process: with DDP where there are several and the model is not sharded."""
+        if self.sharded:
+            return self.bundle.model, self.optimizer
+        return self.accelerator.prepare(self.bundle.model, self.optimizer)
 
     def _shares(self, first: int, last: int) -> list[list[list[int]]]:
         """This process's forwards of each step: sample indices."""
@@ -108,39 +126,40 @@ class StageTrainer:
     def _tokens(self, group: list[Loaded]) -> int:
         return sum(int(g.batch.attention_mask.sum()) for g in group) * self.accelerator.num_processes
 
-    def _step(self, model: Any, optimizer: Any, group: list[Loaded], step: int) -> tuple[float, float, int]:
+    def _step(self, model: Any, optimizer: Any, group: list[Loaded], step: int) -> dict[str, Any]:
         """One optimizer step. Returns: loss per supervised token, gradient norm before clipping, supervised tokens."""
         model.train()
-        count = torch.tensor(sum(g.batch.num_supervised for g in group), device=self.accelerator.device)
-        supervised = int(self.accelerator.reduce(count).item())
+        supervised = int(total(self.accelerator, sum(g.batch.num_supervised for g in group)))
         try:
             value = self._gradients(model, group, step, supervised)
         except torch.OutOfMemoryError as error:
             message = f"out of memory in stage {self.name} step {step + 1}: {str(error).splitlines()[0]}"
             knobs = "lower batch.micro or data.max_length, or set gradient_checkpointing=true."
             raise EnvironmentFault("E401", message, knobs) from error
+        drift = {} if self.drift is None else {"drift": float(sharding.gathered(self.drift.add_gradient()).item())}
         parameters = list(self.bundle.tuned.trainable().values())
-        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-        self._refuse_nonfinite(group, step, value, float(norm.item()))
+        size = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        norm = float(sharding.gathered(size).item())
+        self._refuse_nonfinite(group, step, value, norm)
         if self.stage.optim.clip is not None:
-            torch.nn.utils.clip_grads_with_norm_(parameters, self.stage.optim.clip, norm)
+            torch.nn.utils.clip_grads_with_norm_(parameters, self.stage.optim.clip, size)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        return value, float(norm.item()), supervised
+        return {"loss": value, "grad_norm": norm, "supervised_tokens": supervised, **drift}
 
     def _gradients(self, model: Any, group: list[Loaded], step: int, supervised: int) -> float:
         """Forward and backward of every micro-batch; gradients add up. Returns: loss per supervised token."""
         accelerator = self.accelerator
-        total = torch.zeros((), device=accelerator.device)
+        summed = torch.zeros((), device=accelerator.device)
         for micro, loaded in enumerate(group):
             set_seed(counter_seed(self.run.seed, self.position.stage, step, micro, accelerator.process_index))
             last = micro == len(group) - 1  # gradients travel between processes with the last micro-batch alone
-            with contextlib.nullcontext() if last else accelerator.no_sync(model):
-                batch = loaded.batch.to(accelerator.device)
-                loss = model(**batch.tensors(), num_items_in_batch=supervised).loss
+            sharding.synchronise(model, last)
+            with contextlib.nullcontext() if last or self.sharded else accelerator.no_sync(model):
+                loss = loss_of(accelerator, model, loaded, supervised)
                 accelerator.backward(loss * accelerator.num_processes)  # processes are averaged; we want the sum
-                total += loss.detach()
-        return float(accelerator.reduce(total).item())
+                summed += loss.detach()
+        return total(accelerator, summed)
 
     def _refuse_nonfinite(self, group: list[Loaded], step: int, loss: float, norm: float) -> None:
         if not (math.isfinite(loss) and math.isfinite(norm)):
@@ -171,10 +190,7 @@ class StageTrainer:
 
     def _stopping(self, stop: StopSignal) -> bool:
         """Whether any process was told to stop."""
-        if self.accelerator.num_processes == 1:
-            return stop.received
-        told = torch.tensor(int(stop.received), device=self.accelerator.device)
-        return bool(self.accelerator.reduce(told).item())
+        return any_process(self.accelerator, stop.received)
 
     def _evaluation_due(self, step: int) -> bool:
         every = self.run.eval_every
@@ -194,24 +210,14 @@ class StageTrainer:
             self.position = replace(here, evaluated=True, bad_evals=here.bad_evals + 1)
         return improved
 
-    @torch.no_grad()
     def held_out_loss(self, model: Any, stop: StopSignal) -> float | None:
         """Loss per supervised token over the held-out samples; None if SIGTERM came in between.
 
         Raises: NumericError N301 if it is not finite.
         """
-        model.eval()
-        total, count = torch.zeros((), device=self.accelerator.device), 0
-        order = sorted(range(len(self.data.held_out)), key=lambda i: len(self.data.held_out[i].input_ids))
-        micro = self.stage.batch.micro
-        forwards = [order[i : i + micro] for i in range(0, len(order), micro)]
-        for loaded in load_batches(Samples(self.data.held_out, self.data.load), forwards, self.data.workers):
-            if self._stopping(stop):
-                return None
-            total += model(**loaded.batch.to(self.accelerator.device).tensors(), num_items_in_batch=1).loss
-            count += loaded.batch.num_supervised
-        loss = float(total.item()) / count
-        if not math.isfinite(loss):
+        stopping = lambda: self._stopping(stop)  # noqa: E731
+        loss = held_out_loss(self.accelerator, model, self.data, self.stage.batch.micro, stopping)
+        if loss is not None and not math.isfinite(loss):
             message = f"stage {self.name} step {self.position.step}: held-out loss {loss}."
             raise NumericError("N301", message, "lower optim.lr, or set optim.clip=1.0; the last checkpoint is good.")
         return loss
@@ -222,11 +228,13 @@ class StageTrainer:
         if best is not None and best != self.position.total:
             directory = resume.step_directory(self.run_dir, best)
             verify(directory)
-            checkpoint.restore_weights(self.bundle, directory)
+            with sharding.whole(self.bundle.tuned, keep=True):
+                checkpoint.restore_weights(self.bundle, directory)
 
     def _save(self) -> None:
-        if self.accelerator.is_main_process:
-            resume.save_checkpoint(self.bundle, self.run_dir, self.position, self.optimizer, self.run.keep, self.facts)
+        main, run = self.accelerator.is_main_process, self.run
+        save = resume.save_checkpoint
+        save(self.bundle, self.run_dir, self.position, self.optimizer, run.keep, self.facts, self.drift, main)
         self.accelerator.wait_for_everyone()
 
     def _log(self, **row: Any) -> None:
@@ -235,13 +243,3 @@ class StageTrainer:
         fs.append_line(self.run_dir / METRICS, json.dumps({"stage": self.name, "step": self.position.step, **row}))
         numbers = {f"{self.name}/{k}": v for k, v in row.items() if isinstance(v, int | float)}
         self.accelerator.log(numbers, step=self.position.total)
-
-
-def checkpoint_activations(language: Any, on: bool) -> None:
-    """Recompute the blocks' activations in backward, or not."""
-    renamed = hasattr(language, "activation_checkpointing_enable")  # in transformers 5.23
-    prefix = "activation" if renamed else "gradient"
-    if on:
-        getattr(language, f"{prefix}_checkpointing_enable")({"use_reentrant": False})
-    else:
-        getattr(language, f"{prefix}_checkpointing_disable")()

@@ -15,6 +15,7 @@ from PIL import Image, ImageOps
 from vlmpeft import fs
 from vlmpeft.errors import CheckpointError
 from vlmpeft.report_data import Row, Run, read_run
+from vlmpeft.report_retention import retention
 from vlmpeft.report_sections import evaluation, headline, parameters, training
 from vlmpeft.report_style import SCRIPT, STYLE
 
@@ -26,7 +27,8 @@ MARKS = {"right": "✓ right", "wrong": "✗ wrong", "open": "not scored"}
 def write_report(run_dir: Path) -> Path:
     """Write `run_dir/report.html` from whichever inputs are there; a section without its input says so in one line.
 
-    Inputs: recipe.yaml, metrics.jsonl, summary.json, evaluation.json, samples.jsonl. Same inputs, same bytes.
+    Inputs: recipe.yaml, metrics.jsonl, summary.json, evaluation.json, retention.json, samples.jsonl. The same inputs
+    give the same bytes.
     Returns: the path of the report.
     Raises: CheckpointError K240 if `run_dir` is no directory.
     """
@@ -139,6 +141,7 @@ def _plain(value: Any) -> str:
 
 SECTIONS: tuple[tuple[str, str, str, Callable[[Run], str]], ...] = (
     ("evaluation", "Before and after", "evaluation.json", evaluation),
+    ("retention", "Retention", "retention.json", retention),
     ("training", "Training", "metrics.jsonl", training),
     ("parameters", "Trainable parameters", "summary.json", parameters),
     ("samples", "Samples", "samples.jsonl", _samples),

@@ -22,6 +22,7 @@ class Run:
     metrics: list[Row] = field(default_factory=list)
     summary: Row = field(default_factory=dict)
     evaluation: Row = field(default_factory=dict)
+    retention: Row = field(default_factory=dict)
     samples: list[Row] = field(default_factory=list)
     why: dict[str, str] = field(default_factory=dict)
 
@@ -89,6 +90,7 @@ def read_run(directory: Path) -> Run:
     run.recipe = _text(run, "recipe.yaml")
     run.metrics, run.samples = _rows(run, "metrics.jsonl"), _rows(run, "samples.jsonl")
     run.summary, run.evaluation = _object(run, "summary.json"), _object(run, "evaluation.json")
+    run.retention = _object(run, "retention.json")
     return run
 
 

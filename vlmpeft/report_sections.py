@@ -65,6 +65,8 @@ def headline(run: Run) -> str:
     if isinstance(data, dict) and (used := num(data.get("used"))) is not None:
         records, skipped = num(data.get("records")), num(data.get("skipped"))
         note = f"of {figure(records, '{:,.0f}')}; {figure(skipped, '{:,.0f}')} skipped"
+        if animated := num(data.get("animated")):
+            note += f"; images of several frames, the first shown: {animated:,.0f}"
         tiles.append(_tile("Records used", f"{used:,.0f}", note))
     return f'<div class="tiles">{"".join(tiles)}</div>' if tiles else ""
 

@@ -14,25 +14,29 @@ from torch import Tensor
 from vlmpeft import fs
 from vlmpeft.build import Bundle
 from vlmpeft.checkpoint import save
+from vlmpeft.drift import Drift
 from vlmpeft.errors import CheckpointError
 from vlmpeft.manifest import verify
+from vlmpeft.sharding import gathered, like, whole
+from vlmpeft.weights import read_strict
 
 OPTIMIZER = "optimizer.safetensors"
+START = "start.safetensors"  # what L2-SP measures the drift from
 STATE = "state.json"
 
 
-def save_optimizer(optimizer: torch.optim.Optimizer, directory: Path) -> None:
-    """Optimizer state as safetensors, keyed by parameter name: no pickle."""
+def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Optimizer state by parameter name and entry, for safetensors: no pickle. Every process must call this."""
     tensors: dict[str, Tensor] = {}
     for group in optimizer.param_groups:
         for name, parameter in zip(group["parameter_names"], group["params"], strict=True):
             for key, value in optimizer.state.get(parameter, {}).items():
-                tensors[f"{name}|{key}"] = value if isinstance(value, Tensor) else torch.tensor(value)
-    fs.write_tensors(directory / OPTIMIZER, tensors)
+                tensors[f"{name}|{key}"] = gathered(value) if isinstance(value, Tensor) else torch.tensor(value)
+    return tensors
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, directory: Path) -> None:
-    """The inverse of `save_optimizer`. Raises: CheckpointError K204 if the state is of other parameters."""
+    """The inverse of `optimizer_state`. Raises: CheckpointError K204 if the state is of other parameters."""
     from safetensors.torch import load_file
 
     path = directory / OPTIMIZER
@@ -43,7 +47,13 @@ def load_optimizer(optimizer: torch.optim.Optimizer, directory: Path) -> None:
             message = f"{path} holds state of '{name}', which does not train here."
             raise CheckpointError("K204", message, "resume with the recipe of the run.")
         parameter = names[name]
-        optimizer.state[parameter][entry] = tensor if entry == "step" else tensor.to(parameter.device)
+        optimizer.state[parameter][entry] = tensor if entry == "step" else like(tensor, parameter)
+
+
+def load_start(drift: Drift, directory: Path) -> None:
+    """Bring back the starting values of a stage. Raises: ModelError M502 if they are of other parameters."""
+    values = read_strict(directory / START, drift.start)
+    drift.start = {name: like(values[name], tensor) for name, tensor in drift.start.items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +69,7 @@ class Position:
         bad_evals: evaluations of the stage since then.
         loss: of the last step.
         seconds: spent in the stage.
+        processes: how many trained up to here.
     """
 
     stage: int = 0
@@ -70,6 +81,7 @@ class Position:
     bad_evals: int = 0
     loss: float | None = None
     seconds: float = 0.0
+    processes: int = 1
 
 
 def position_of(directory: Path) -> Position:
@@ -99,25 +111,38 @@ def save_checkpoint(
     optimizer: torch.optim.Optimizer | None,
     keep: int,
     facts: Mapping[str, Any],
+    drift: Drift | None = None,
+    main: bool = True,
 ) -> Path:
     """Write `checkpoints/step-N`, then drop the oldest beyond `keep` (the best is never dropped).
 
     Later ones go too: they are damaged, or belong to a training that was taken up again from an earlier step.
+    Args: main: whether this process writes; every process must call this, as a sharded model is gathered.
     """
     target = step_directory(run_dir, position.total)
+    state = {} if optimizer is None else {OPTIMIZER: optimizer_state(optimizer)}
+    if drift is not None:
+        state[START] = {name: gathered(tensor) for name, tensor in drift.start.items()}
 
     def extra(directory: Path) -> dict[str, Any]:
-        if optimizer is not None:
-            save_optimizer(optimizer, directory)
+        for name, tensors in state.items():
+            fs.write_tensors(directory / name, tensors)
         fs.write_json(directory / STATE, dataclasses.asdict(position))
         return {"facts": dict(facts)}
 
-    save(bundle, target, extra)
+    with whole(bundle.tuned):
+        if main:
+            save(bundle, target, extra)
+            _drop(run_dir, position, keep)
+    return target
+
+
+def _drop(run_dir: Path, position: Position, keep: int) -> None:
+    """Remove the checkpoints that `save_checkpoint` does not keep."""
     found = checkpoints(run_dir)
     past = [p for p in found if _number(p) <= position.total]
     for old in set(found) - {*past[-keep:], *(p for p in past if _number(p) == position.best_step)}:
         fs.remove(old)
-    return target
 
 
 def newest_valid(run_dir: Path) -> tuple[Path | None, list[str]]:
