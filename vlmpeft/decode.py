@@ -11,10 +11,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from vlmpeft.batch import IMAGE_TOKEN_ID, collate
+from vlmpeft.batch import collate
 from vlmpeft.errors import DataError, ModelError
-from vlmpeft.images import ImageTransform, open_image, to_rgb
+from vlmpeft.images import ImageReader, ImageTransform
+from vlmpeft.language import decoder_of
 from vlmpeft.prefix import can_share, generate_shared, shared_length
+from vlmpeft.routed import generating
 from vlmpeft.template import IMAGE, Encoding, Exchange, ImageSlot, TurnEncoder, parse_question
 from vlmpeft.vlm import VLM
 
@@ -69,14 +71,15 @@ def answer(
 
     Returns: answers in the order of `requests`; the same texts as one by one.
     """
-    asked = [_Asked(r, encoder.encode([exchange_of(r)])) for r in requests]
+    read = ImageReader(transform)
+    asked = [_Asked(r, encoder.encode([exchange_of(r)], views=[read.num_views(i) for i in r.images])) for r in requests]
     words = None if contrast is None else tuple(_first_token(encoder, word) for word in contrast)
     stops = _stops(encoder)
     answers: dict[int, Answer] = {}
     model.eval()
     for chosen in _batches(asked, batch_size):
         rows = [asked[i] for i in chosen]
-        tokens, logits = _generate(model, transform, rows, max_new_tokens, stops)
+        tokens, logits = _generate(model, read, rows, max_new_tokens, stops)
         margins = [None] * len(rows) if words is None else (logits[:, words[0]] - logits[:, words[1]]).tolist()
         texts = [_text(encoder.tokenizer, row, stops) for row in tokens.tolist()]
         found = [Answer(text, margin) for text, margin in zip(texts, margins, strict=True)]
@@ -118,7 +121,7 @@ def _stops(encoder: TurnEncoder) -> list[int]:
 
 @torch.no_grad()  # not inference_mode: what a model caches of it could not be used in training again
 def _generate(
-    model: VLM, transform: ImageTransform, rows: Sequence[_Asked], max_new_tokens: int, stops: list[int]
+    model: VLM, read: ImageReader, rows: Sequence[_Asked], max_new_tokens: int, stops: list[int]
 ) -> tuple[Tensor, Tensor]:
     """Continue rows greedily. Returns: new tokens (b, new), logits (b, v) of the first of them in fp32."""
     encodings, keys = [row.encoding for row in rows], [row.key for row in rows]
@@ -128,20 +131,20 @@ def _generate(
         len(first_of) < len(rows) and any(row.shared for row in rows) and all(row.shared < row.length for row in rows)
     )
     if worth and can_share(model.language, longest):
-        images = [transform(_pil(image)) for key in dict.fromkeys(keys) for image in first_of[key].images]
-        tokens, logits = generate_shared(model, encodings, keys, images, max_new_tokens, stops)
+        views = [view for key in dict.fromkeys(keys) for image in first_of[key].images for view in read(image)]
+        tokens, logits = generate_shared(model, encodings, keys, views, max_new_tokens, stops)
         return tokens, logits.float()
-    pixels = {key: [transform(_pil(image)) for image in request.images] for key, request in first_of.items()}
-    return _generate_each(model, encodings, [image for key in keys for image in pixels[key]], max_new_tokens, stops)
+    views_of = {key: [v for image in request.images for v in read(image)] for key, request in first_of.items()}
+    return _generate_each(model, encodings, [view for key in keys for view in views_of[key]], max_new_tokens, stops)
 
 
 def _generate_each(
-    model: VLM, encodings: Sequence[Encoding], images: Sequence[Tensor], max_new_tokens: int, stops: list[int]
+    model: VLM, encodings: Sequence[Encoding], views: Sequence[Tensor], max_new_tokens: int, stops: list[int]
 ) -> tuple[Tensor, Tensor]:
     """As `_generate`, through the language model's own `generate`, which every architecture has."""
     from transformers import GenerationConfig
 
-    batch = collate(encodings, images, side="left").to(model.language.get_input_embeddings().weight.device)
+    batch = collate(encodings, views, side="left").to(model.language.get_input_embeddings().weight.device)
     plain = GenerationConfig(
         max_new_tokens=max_new_tokens,
         do_sample=False,
@@ -150,12 +153,13 @@ def _generate_each(
         return_dict_in_generate=True,
         output_logits=True,
     )
-    embeddings = model.embed(batch.input_ids, batch.input_ids == IMAGE_TOKEN_ID, batch.pixel_values)
+    routing, embeddings = model.embed(batch.input_ids, batch.attention_mask, batch.labels, batch.pixel_values)
     own, model.language.generation_config = model.language.generation_config, GenerationConfig()
     try:  # `generate` fills in what we leave open from the model's own file: sampling, penalties, beams
-        out = model.language.generate(
-            inputs_embeds=embeddings, attention_mask=batch.attention_mask.long(), generation_config=plain
-        )
+        with generating(decoder_of(model.language), routing):
+            out = model.language.generate(
+                inputs_embeds=embeddings, attention_mask=batch.attention_mask.long(), generation_config=plain
+            )
     finally:
         model.language.generation_config = own
     return out.sequences, out.logits[0].float()  # only the new tokens: the prompt came as embeddings
@@ -168,14 +172,10 @@ def _text(tokenizer: Any, tokens: Sequence[int], stops: Sequence[int]) -> str:
     return text.strip()
 
 
-def _pil(image: Path | Image.Image) -> Image.Image:
-    return to_rgb(image, Path("image")) if isinstance(image, Image.Image) else open_image(Path(image))
-
-
 def _first_token(encoder: TurnEncoder, word: str) -> int:
     """The token an answer that starts with `word` starts with, in the encoder's template."""
     segments = encoder.template.segments([Exchange(("q",), word)], None)
     ids = next((encoder.segment_ids(s) for s in segments if s.kind == "answer"), ())
     if not ids:
-        raise ModelError("M514", f"the tokenizer has no token for '{word}'.")
+        raise ModelError("M518", f"the tokenizer has no token for '{word}'.")
     return ids[0]

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from vlmpeft.batch import IMAGE_TOKEN_ID, collate
 from vlmpeft.language import hidden_states, logits_of, takes_positions
-from vlmpeft.routing import position_ids
+from vlmpeft.routed import routed
+from vlmpeft.routing import position_ids, text_routing
 from vlmpeft.template import Encoding
 from vlmpeft.vlm import VLM
 
@@ -45,7 +46,7 @@ def generate_shared(
     model: VLM,
     encodings: Sequence[Encoding],
     keys: Sequence[Hashable],
-    images: Sequence[Tensor],
+    views: Sequence[Tensor],
     max_new_tokens: int,
     stops: Sequence[int],
 ) -> tuple[Tensor, Tensor]:
@@ -53,17 +54,18 @@ def generate_shared(
 
     Args:
         keys: equal where rows begin with the same images and ids.
-        images: of the different keys in the order they first appear, one tensor an image.
+        views: of the images of the different keys in the order they first appear, one tensor a view.
 
     Returns: new tokens (b, new), the logits (b, v) of the first of them.
     """
     language = model.language
     table = language.get_input_embeddings()
-    cache, mask = _read_prefixes(model, encodings, keys, images)
+    cache, mask = _read_prefixes(model, encodings, keys, views)
     rest = collate([_part(e, shared_length(e), None) for e in encodings], side="left").to(table.weight.device)
     mask = torch.cat([mask, rest.attention_mask], 1)
     positions = position_ids(mask, None)[:, -rest.input_ids.shape[1] :]
-    hidden = hidden_states(language, table(rest.input_ids), mask, positions, cache)
+    with routed(text_routing(rest.attention_mask, answer=False)):
+        hidden = hidden_states(language, table(rest.input_ids), mask, positions, cache)
     first = logits = logits_of(language, hidden[:, -1])
     ends = torch.tensor(stops, device=mask.device)
     tokens: list[Tensor] = []
@@ -74,12 +76,13 @@ def generate_shared(
         if len(tokens) == max_new_tokens or done.all():
             return torch.stack(tokens, 1), first
         mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
-        hidden = hidden_states(language, table(tokens[-1][:, None]), mask, position_ids(mask, None)[:, -1:], cache)
+        with routed(text_routing(mask[:, -1:], answer=True)):
+            hidden = hidden_states(language, table(tokens[-1][:, None]), mask, position_ids(mask, None)[:, -1:], cache)
         logits = logits_of(language, hidden[:, -1])
 
 
 def _read_prefixes(
-    model: VLM, encodings: Sequence[Encoding], keys: Sequence[Hashable], images: Sequence[Tensor]
+    model: VLM, encodings: Sequence[Encoding], keys: Sequence[Hashable], views: Sequence[Tensor]
 ) -> tuple[Any, Tensor]:
     """Keys and values of every different beginning. Returns: cache and mask (b, s), a row each of `encodings`."""
     from transformers import DynamicCache
@@ -87,11 +90,11 @@ def _read_prefixes(
     different = dict(zip(keys, encodings, strict=True))
     order = list(dict.fromkeys(keys))
     prefixes = [_part(different[key], 0, shared_length(different[key])) for key in order]
-    batch = collate(prefixes, images, side="left").to(model.language.get_input_embeddings().weight.device)
-    visual = batch.input_ids == IMAGE_TOKEN_ID
+    batch = collate(prefixes, views, side="left").to(model.language.get_input_embeddings().weight.device)
     cache = DynamicCache(config=model.language.config)
-    embeddings = model.embed(batch.input_ids, visual, batch.pixel_values)
-    hidden_states(model.language, embeddings, batch.attention_mask, position_ids(batch.attention_mask, None), cache)
+    routing, embeddings = model.embed(batch.input_ids, batch.attention_mask, batch.labels, batch.pixel_values)
+    with routed(routing):
+        hidden_states(model.language, embeddings, batch.attention_mask, position_ids(batch.attention_mask, None), cache)
     index = torch.tensor([order.index(key) for key in keys], device=batch.input_ids.device)
     cache.batch_select_indices(index)
     return cache, batch.attention_mask[index]

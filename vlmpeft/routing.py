@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,6 +21,9 @@ class Routing:
         answer: tokens the assistant wrote (labels != IGNORE); None without labels.
         predict: positions whose next token is an answer token, for the loss; None without labels.
         adapter: (b,) int64 index of the adapter a row uses; None where all rows use the same.
+        instruction: what the user says, of the text; None where turns are not known.
+        images: (views, tokens of each) that the batch shows, where the host knows it.
+        memo: what acts on this forward keeps here what it computes once for all layers.
     """
 
     visual: Tensor
@@ -27,18 +31,34 @@ class Routing:
     answer: Tensor | None = None
     predict: Tensor | None = None
     adapter: Tensor | None = None
+    instruction: Tensor | None = None
+    images: tuple[int, int] | None = None
+    memo: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
 
 
-def routing_of(input_ids: Tensor, attention_mask: Tensor, labels: Tensor | None, image_token_id: int) -> Routing:
-    """The routing of a batch. Args: input_ids, attention_mask, labels: (b, s)."""
+def routing_of(
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    labels: Tensor | None,
+    image_token_id: int,
+    images: tuple[int, int] | None = None,
+) -> Routing:
+    """The routing of a batch. Args: input_ids, attention_mask, labels: (b, s); images: see `Routing`."""
     real = attention_mask.bool()
     visual = (input_ids == image_token_id) & real
     if labels is None:
-        return Routing(visual, real & ~visual)
+        return Routing(visual, real & ~visual, images=images)
     answer = (labels != IGNORE) & real
     predict = torch.zeros_like(answer)
     predict[:, :-1] = answer[:, 1:]
-    return Routing(visual, real & ~visual, answer, predict)
+    return Routing(visual, real & ~visual, answer, predict, images=images)
+
+
+def text_routing(attention_mask: Tensor, answer: bool) -> Routing:
+    """The routing of tokens (b, s) without an image: of a prompt, or of the answer a model has written itself."""
+    real = attention_mask.bool()
+    nowhere = torch.zeros_like(real)
+    return Routing(nowhere, real, real if answer else nowhere, images=(0, 1))
 
 
 def position_ids(attention_mask: Tensor, turns: Tensor | None) -> Tensor:

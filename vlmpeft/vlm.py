@@ -15,7 +15,8 @@ from vlmpeft.errors import ModelError
 from vlmpeft.language import decoder_of, hidden_states, logits_of
 from vlmpeft.loss import answer_loss
 from vlmpeft.parts import Parts
-from vlmpeft.routing import position_ids, routing_of, turn_mask
+from vlmpeft.routed import routed
+from vlmpeft.routing import Routing, position_ids, routing_of, turn_mask
 
 
 class VLMOutput(NamedTuple):
@@ -37,11 +38,13 @@ class VLM(nn.Module):
         vision: (i, 3, h, w) -> (i, n, d).
         projector: (i, n, d) -> (i, k, width of the LM).
         language: any causal LM of transformers.
+        image_scale: factor on the projector's output.
     """
 
-    def __init__(self, vision: nn.Module, projector: nn.Module, language: Any) -> None:
+    def __init__(self, vision: nn.Module, projector: nn.Module, language: Any, image_scale: float = 1.0) -> None:
         super().__init__()
         self.vision, self.projector, self.language = vision, projector, language
+        self.image_scale = image_scale
         self.config = language.config  # transformers.Trainer and accelerate read it
 
     @property
@@ -57,21 +60,32 @@ class VLM(nn.Module):
         parameter = next(self.projector.parameters(), features)
         dtype = self.language.get_input_embeddings().weight.dtype
         embeddings: Tensor = self.projector(features.to(parameter.dtype))
-        return embeddings.to(dtype)
+        return (embeddings * self.image_scale).to(dtype)
 
-    def embed(self, input_ids: Tensor, visual: Tensor, pixel_values: Tensor | None) -> Tensor:
-        """Token embeddings with the images spliced in.
+    def embed(
+        self, input_ids: Tensor, mask: Tensor, labels: Tensor | None, pixel_values: Tensor | None
+    ) -> tuple[Routing, Tensor]:
+        """What the language model needs of a `Batch`: where everything is, and embeddings (b, s, width).
 
-        Args: input_ids (b, s); visual (b, s) bool, image placeholders; pixel_values as `image_embeddings`, or None.
+        Raises: ModelError M515 as `splice`.
+        """
+        images = None if pixel_values is None else self.image_embeddings(pixel_values)
+        shown = (0, 1) if images is None else (images.shape[0], images.shape[1])
+        routing = routing_of(input_ids, mask, labels, IMAGE_TOKEN_ID, shown)
+        return routing, self.splice(input_ids, routing.visual, images)
+
+    def splice(self, input_ids: Tensor, visual: Tensor, images: Tensor | None) -> Tensor:
+        """Token embeddings with image embeddings in the place of the placeholders.
+
+        Args: input_ids (b, s); visual (b, s) bool, image placeholders; images (i, k, width), or None.
         Returns: (b, s, width).
         Raises: ModelError M515 if placeholders and image tokens differ in number (checked where it costs no wait).
         """
         ids = input_ids.masked_fill(input_ids == IMAGE_TOKEN_ID, 0)  # even one under the padding is no token's id
         embeddings: Tensor = self.language.get_input_embeddings()(ids)
-        if pixel_values is None:
+        if images is None:
             self._check_count(visual, 0)
             return embeddings + self._no_images().to(embeddings.dtype)
-        images = self.image_embeddings(pixel_values)
         self._check_count(visual, images.shape[0] * images.shape[1])
         return embeddings.masked_scatter(visual[..., None], images)
 
@@ -109,10 +123,10 @@ class VLM(nn.Module):
         Args: num_items_in_batch: divisor of the summed loss; None divides by the supervised tokens of this batch.
         """
         mask = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
-        routing = routing_of(input_ids, mask, labels, IMAGE_TOKEN_ID)
-        embeddings = self.embed(input_ids, routing.visual, pixel_values)
+        routing, embeddings = self.embed(input_ids, mask, labels, pixel_values)
         bias = mask if turns is None else turn_mask(mask, turns, embeddings.dtype)
-        hidden = hidden_states(self.language, embeddings, bias, position_ids(mask, turns))
+        with routed(routing):
+            hidden = hidden_states(self.language, embeddings, bias, position_ids(mask, turns))
         if labels is None:
             return VLMOutput(None, logits_of(self.language, hidden))
         index = supervised_index(labels) if supervised is None else supervised
