@@ -19,34 +19,46 @@ FOLDERS = {
     "vlmpeft.recipes": "recipes",
 }
 LEVELS: dict[int, str] = {
-    4: "__main__ train generate scenes",
-    3: "build checkpoint resume preflight workspace loop run evaluation "
-    "eval eval.paths eval.pope eval.rows eval.runner eval.short",
-    2: "config sections yaml_file recipe records data stage features vlm tune weights optim language prefix decode "
-    "trackers align report report_data report_sections report_style charts scene_questions",
-    1: "vision vision_weights encoder template images projectors projectors.linear projectors.mlp projectors.ldp "
-    "tuners tuners.full tuners.lora steering recipes",
-    0: "batch parts routing registry errors fs loss schema sources safe_paths layouts manifest sampling stopping "
-    "projectors.base tuners.base tuners.linear",
+    4: "__main__ train generate inspect scenes export merge",
+    3: "build checkpoint conversion resume preflight workspace loop run evaluation retention hf_llava hf_peft "
+    "llava_original eval eval.paths eval.pope eval.rows eval.runner eval.short",
+    2: "config sections yaml_file recipe data_config records data sample_store sample_text mixture prepare stage "
+    "features vlm tune conflicts weights optim language tokens hf_chat prefix decode forward trackers align "
+    "distributed sharding drift report report_data report_sections report_retention report_style charts "
+    "scene_questions",
+    1: "vision vision_timm vision_transformers vision_open_clip vision_weights encoder template images "
+    "projectors projectors.linear projectors.mlp projectors.ldp projectors.pixel_shuffle projectors.resampler "
+    "projectors.qformer projectors.identity tuners tuners.full tuners.lora tuners.tokens "
+    "steering steering.attention steering.layers steering.mores steering.positions steering.units recipes",
+    0: "batch parts routing routed registry errors fs anyres loss schema sources safe_paths layouts layout_names "
+    "layout_tokenizer llava_layout manifest sampling stopping json_stream normalise readers "
+    "projectors.base projectors.layers tuners.attachment tuners.base tuners.linear",
 }
 LEVEL = {name: level for level, names in LEVELS.items() for name in names.split()}
 GROUPS = {  # modules of level 1 that may import each other besides their own level-0 base
-    "vision": {"vision", "vision_weights", "encoder"},
-    "projectors": {"projectors", "projectors.linear", "projectors.mlp", "projectors.ldp"},
-    "tuners": {"tuners", "tuners.full", "tuners.lora"},
+    "vision": {"vision", "encoder", *(f"vision_{x}" for x in ("timm", "transformers", "open_clip", "weights"))},
+    **{g: {m for m in LEVEL if m == g or m.startswith(f"{g}.")} for g in ("projectors", "tuners", "steering")},
 }
-BASES = {"projectors.base": "projectors", "tuners.base": "tuners", "tuners.linear": "tuners"}
-FREE = {"projectors", "tuners", "vision"}  # a package's __init__ and vision gather their group
+BASES = {  # of level 0, and the groups they are for
+    "projectors.base": {"projectors"},
+    "projectors.layers": {"projectors"},
+    "tuners.attachment": {"tuners", "steering"},
+    "tuners.base": {"tuners", "steering"},
+    "tuners.linear": {"tuners", "steering"},
+}
+FREE = {"projectors", "tuners", "steering", "steering.mores", *GROUPS["vision"]}  # they gather their group
 WHERE = {  # an outside library and the modules that may import it; True if inside functions only
     "omegaconf": ({"config"}, False),
     "yaml": ({"yaml_file"}, False),
-    "accelerate": ({"loop", "run", "trackers"}, False),
-    "transformers": ({"language", "vision", "decode", "prefix"}, True),
+    "accelerate": ({"loop", "trackers", "distributed", "sharding", "forward"}, False),
+    "transformers": ({"language", "vision_transformers", "decode", "prefix", "hf_llava"}, True),
     "huggingface_hub": ({"sources"}, True),
-    "timm": ({"vision"}, True),
-    "open_clip": ({"vision"}, True),
+    "timm": ({"vision_timm"}, True),
+    "open_clip": ({"vision_open_clip"}, True),
     "bitsandbytes": ({"quant"}, True),
     "peft": (set(), True),
+    "datasets": ({"readers"}, True),
+    "pyarrow": ({"readers", "sample_store"}, True),
     **dict.fromkeys(("pickle", "cPickle", "marshal", "shelve", "dill", "cloudpickle", "joblib"), (set(), True)),
 }
 
@@ -117,7 +129,7 @@ def test_modules_import_from_below_only(name: str) -> None:
 def allowed_in_group(name: str, other: str) -> bool:
     group = next((g for g, members in GROUPS.items() if name in members), name)
     if LEVEL[other] == 0:
-        return BASES.get(other, group) == group
+        return group in BASES.get(other, {group})
     members = GROUPS.get(group, set())
     return other in members and (name in FREE or other == "encoder")
 

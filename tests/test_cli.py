@@ -62,9 +62,10 @@ def test_train_help_lists_recipes_and_every_key_with_its_default(capsys: Capture
     assert all(name in out for name in recipe_names())
     for line in (
         "vision.name=...  required", "vision.layer=-1", "vision.weights_by=name  of name|order",
-        "language.attention=sdpa",
+        "language.attention=auto",
         "projector.name=mlp2x_gelu", "projector.grid=12  with projector.name=ldpv2", "data.max_length=2048",
-        "data.image_mode=pad  of pad|square", "data.workers=2", "eval.blank=true", "run.trackers=[]", "init=null",
+        "data.image_mode=pad  of pad|square|anyres", "data.workers=2", "eval.blank=true", "run.trackers=[]",
+        "init=null",
         "eval.suffix=\\nAnswer the question using a single word or phrase.", "template=vicuna_v1",
         "optim.betas=[0.9,0.999]", "optim.clip=null", "batch.micro=16", "lora.targets=all-linear",
         "full.part=projector",

@@ -120,12 +120,12 @@ def test_another_projector_drops_the_options_of_the_old_one_but_not_those_given_
 def test_another_encoder_drops_the_weights_and_colours_of_the_old_one(tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_text(
         "base: llava_lora\nvision: {name: 'timm:a', layer: -3, weights: f, weights_by: order, image_size: 64,"
-        " mean: [0,0,0], std: [1,1,1]}\n"
+        " compat: tinyllava_siglip, mean: [0,0,0], std: [1,1,1]}\n"
     )
     vision = load_recipe(str(tmp_path / "mine.yaml"), ["vision=timm:b"]).vision
     assert dataclasses.asdict(vision) == {
         "name": "timm:b", "layer": -3, "weights": None, "weights_by": "name", "image_size": None, "mean": None,
-        "std": None,
+        "std": None, "compat": None,
     }  # fmt: skip
     kept = load_recipe(str(tmp_path / "mine.yaml"), ["vision.weights=random", "vision=timm:b"]).vision
     assert kept.weights == "random"

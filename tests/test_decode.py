@@ -111,7 +111,7 @@ def test_the_margin_is_the_logit_difference_of_a_plain_forward(
     yes, no = (bundle.tokenizer(w, add_special_tokens=False)["input_ids"][0] for w in WORDS)
     for request, expected in zip(requests, one_by_one, strict=True):
         encoded = bundle.turn_encoder().encode([exchange_of(request)])
-        images = [bundle.image_transform(Image.open(p).convert("RGB")) for p in request.images if isinstance(p, Path)]
+        images = [bundle.image_transform(Image.open(p).convert("RGB"))[0] for p in request.images]
         batch = collate([encoded], images)
         logits = bundle.model(batch.input_ids, batch.attention_mask, pixel_values=batch.pixel_values).logits[0, -1]
         assert expected.margin == pytest.approx(float(logits[yes] - logits[no]), abs=1e-4)

@@ -215,10 +215,10 @@ def test_absolute_name_is_refused_even_inside_the_folder(images: Path) -> None:
     ("name", "says"),
     [
         ("A.PNG", "did you mean 'a.png'?"),
-        ("sub/cc.png", "did you mean 'c.png'?"),
+        ("sub/cc.png", "did you mean 'sub/c.png'?"),
         ("val/b.png", "did you mean 'b.png'?"),
         ("zzzzzz", "(3 files there)"),
-        ("sub", "no image 'sub'"),
+        ("sub", "it is a folder"),
         ("", "no image ''"),
         ("x" * 5000, "no image"),
         ("a\0.png", "did you mean 'a.png'?"),

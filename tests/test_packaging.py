@@ -63,7 +63,7 @@ def test_the_wheel_holds_every_module_and_recipe_once(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     expected = {p.relative_to(ROOT).as_posix() for p in (ROOT / "vlmpeft").rglob("*.py")} | {"vlmpeft/py.typed"}
     for folder in ("projectors", "steering", "eval", "recipes"):
-        files = [*(ROOT / folder).rglob("*.py"), *(ROOT / folder).rglob("*.yaml")]
+        files = [file for kind in ("py", "yaml", "jsonl") for file in (ROOT / folder).rglob(f"*.{kind}")]
         expected |= {f"vlmpeft/{p.relative_to(ROOT).as_posix()}" for p in files}
     assert sorted(n for n in names if ".dist-info/" not in n) == sorted(expected)
     assert len(names) == len(set(names))

@@ -89,7 +89,7 @@ def test_summary_and_evaluation(finished: Path) -> None:
     ]
     assert [s["final_loss"].hex() for s in summary["stages"]] == [metrics(finished)[i]["loss"] for i in (5, 11)]
     assert all(s["seconds"] > 0 for s in summary["stages"])
-    assert summary["data"] == {"records": 28, "used": 28, "skipped": 0}
+    assert summary["data"] == {"records": 28, "used": 28, "skipped": 0, "animated": 0}
     assert set(evaluation.read(finished)) == {"before", "after", "blank"}
     samples = [json.loads(line) for line in (finished / "samples.jsonl").read_text().splitlines()]
     assert len(samples) == 12

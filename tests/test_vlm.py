@@ -114,9 +114,12 @@ def test_the_second_images_features_go_to_the_second_placeholder_block(model: VL
     batch = batch_of(["three images"], images)
     assert batch.pixel_values is not None
     visual = batch.input_ids == IMAGE_TOKEN_ID
-    spliced = model.embed(batch.input_ids, visual, batch.pixel_values)[visual].view(3, TOKENS, 32)
+    ids, mask = batch.input_ids, batch.attention_mask
+    routing, embeddings = model.embed(ids, mask, None, batch.pixel_values)
+    assert routing.visual.equal(visual)
+    spliced = embeddings[visual].view(3, TOKENS, 32)
     torch.testing.assert_close(spliced, model.image_embeddings(batch.pixel_values))
-    cached = model.embed(batch.input_ids, visual, model.vision(batch.pixel_values))  # features computed before
+    _, cached = model.embed(ids, mask, None, model.vision(batch.pixel_values))  # features computed before
     torch.testing.assert_close(cached[visual].view(3, TOKENS, 32), spliced)
 
 

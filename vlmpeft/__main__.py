@@ -11,6 +11,9 @@ from vlmpeft.errors import ConfigError, nearest, run_command
 COMMANDS = {
     "train": "train one stage or all stages of a recipe",
     "generate": "answer a question about an image",
+    "merge": "fold the adapters of a model into its weights",
+    "export": "write a model for transformers, peft or LLaVA",
+    "inspect": "show samples with the tokens that are trained, and count them",
     "scenes": "draw the quickstart's data set",
     "eval.pope": "yes/no questions by POPE's official rules",
     "eval.short": "short answers by exact match, per question type",

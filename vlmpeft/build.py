@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,14 +13,17 @@ from PIL import Image
 from torch import nn
 
 from vlmpeft.decode import Answer, OnBatch, Request, answer
-from vlmpeft.errors import EnvironmentFault
-from vlmpeft.images import ImageTransform, open_image
-from vlmpeft.language import empty_language, fingerprint, load_language, width_of
+from vlmpeft.errors import EnvironmentFault, ModelError
+from vlmpeft.images import ImageReader, ImageTransform
+from vlmpeft.language import empty_language, fingerprint, load_language, load_tokenizer, width_of
 from vlmpeft.parts import Parts
 from vlmpeft.projectors import PROJECTORS
+from vlmpeft.projectors.base import fit_grid
 from vlmpeft.recipe import Recipe, Stage
 from vlmpeft.template import TurnEncoder
+from vlmpeft.tokens import add_tokens
 from vlmpeft.tune import Tuned
+from vlmpeft.tuners.tokens import grow
 from vlmpeft.vision import Encoder, empty_vision, load_vision
 from vlmpeft.vlm import VLM
 
@@ -48,12 +52,14 @@ class Bundle:
 
     @property
     def image_tokens(self) -> int:
-        """Tokens one image takes in the language model."""
+        """Tokens one view of an image takes in the language model; see `ImageTransform` for how many it has."""
         return image_tokens(self.model)
 
-    def turn_encoder(self) -> TurnEncoder:
-        """Encodes conversations as the current stage does."""
-        return TurnEncoder(self.tokenizer, self.stage.template, self.image_tokens, self.stage.system)
+    def turn_encoder(self, stage: Stage | None = None) -> TurnEncoder:
+        """Encodes conversations as a stage does, the current one if None."""
+        stage = stage or self.stage
+        new = self.recipe.tokens.add
+        return TurnEncoder(self.tokenizer, stage.template, self.image_tokens, stage.system, new)
 
     def answer(
         self,
@@ -81,7 +87,7 @@ class Bundle:
 
     def blank_image(self, image: Path | Image.Image) -> Image.Image:
         """A picture of the same size in the encoder's mean colour."""
-        size = image.size if isinstance(image, Image.Image) else open_image(Path(image)).size
+        size = ImageReader(self.image_transform).picture(image).size
         return Image.new("RGB", size, self.image_transform.fill)
 
 
@@ -92,7 +98,7 @@ def _several(images: Any) -> tuple[Path | Image.Image, ...]:
 
 
 def image_tokens(model: VLM) -> int:
-    """Tokens one image takes after the projector."""
+    """Tokens one view of an image takes after the projector."""
     return int(cast(Any, model.projector).num_tokens(cast(Encoder, model.vision).num_tokens))
 
 
@@ -129,21 +135,36 @@ def assemble(recipe: Recipe, device: torch.device, dtype: torch.dtype, seed: int
     Args: seed: of the projector's initial weights.
     """
     vision = load_vision(**{f: getattr(recipe.vision, f) for f in recipe.vision.__dataclass_fields__})
-    language, tokenizer = load_language(recipe.language.name, dtype=dtype, attention=recipe.language.attention)
+    config = recipe.language
+    language, tokenizer = load_language(config.name, dtype=dtype, attention=config.attention, eos=config.eos)
     prints = {"vision": fingerprint(vision), "language": fingerprint(language)}
+    add_tokens(language, tokenizer, recipe.tokens.add, recipe.tokens.init)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        projector = _projector(recipe, vision.width, width_of(language))
-    cast(Any, projector).num_tokens(vision.num_tokens)  # a grid it cannot take is an error now, not at step 1
-    model = VLM(vision.to(dtype), projector, language).to(device)
+        projector = _projector(recipe, vision, width_of(language))
+    image_scale = math.sqrt(width_of(language)) if config.scale_image_embeddings else 1.0
+    model = VLM(vision.to(dtype), projector, language, image_scale).to(device)
     model.requires_grad_(False)
-    transform = ImageTransform(vision.image_size, vision.mean, vision.std, recipe.data.image_mode)
+    data = recipe.data
+    transform = ImageTransform(
+        vision.image_size, vision.mean, vision.std, data.image_mode, data.tiles, data.max_image_pixels
+    )
     stage = list(recipe.stages.values())[-1]
     return Bundle(model, tokenizer, transform, Tuned(model, model.parts), recipe, stage, prints)
 
 
-def _projector(recipe: Recipe, vision_width: int, language_width: int) -> nn.Module:
-    built = PROJECTORS.build(recipe.projector.name, vision_width, language_width, **recipe.projector.options)
+def _projector(recipe: Recipe, vision: Encoder, language_width: int) -> nn.Module:
+    """A fresh projector that knows the encoder's grid.
+
+    Raises: ModelError naming encoder and grid if the projector cannot take it: now, not at step 1.
+    """
+    built = PROJECTORS.build(recipe.projector.name, vision.width, language_width, **recipe.projector.options)
+    try:
+        fit_grid(built, vision.grid, vision.num_tokens)
+    except ModelError as error:
+        grid = "x".join(map(str, vision.grid))
+        message = f"vision '{recipe.vision.name}' gives a grid of {grid} tokens: {error.message}"
+        raise ModelError(error.code, message, error.fix) from error
     return cast(nn.Module, built)
 
 
@@ -163,16 +184,33 @@ def enter_stage(bundle: Bundle, stage: Stage) -> None:
         bundle.tuned.apply(stage.tuners)
 
 
+def empty_bundle(recipe: Recipe) -> Bundle:
+    """What encodes a recipe's data, around a model without weights: from config.json files and the tokenizer alone."""
+    language = empty_language(recipe.language.name)
+    tokenizer = load_tokenizer(recipe.language.name, recipe.language.eos)
+    add_tokens(language, tokenizer, recipe.tokens.add)
+    asked, data = recipe.vision, recipe.data
+    vision = empty_vision(asked.name, layer=asked.layer, image_size=asked.image_size, compat=asked.compat)
+    with torch.device("meta"):
+        projector = _projector(recipe, vision, width_of(language))
+    model = VLM(vision, projector, language)
+    size, mean, std = vision.image_size, asked.mean or vision.mean, asked.std or vision.std
+    transform = ImageTransform(size, mean, std, data.image_mode, data.tiles, data.max_image_pixels)
+    return Bundle(model, tokenizer, transform, Tuned(model, model.parts), recipe, list(recipe.stages.values())[-1])
+
+
 def dry_run(recipe: Recipe) -> dict[str, list[dict[str, object]]]:
     """Trainable table of every stage from config.json files alone: no weights, no data, on the meta device.
 
     Returns: rows of `Tuned.table` by stage.
     """
     language = empty_language(recipe.language.name)
-    vision = empty_vision(recipe.vision.name, layer=recipe.vision.layer, image_size=recipe.vision.image_size)
+    if recipe.tokens.add:
+        grow(language, language.get_input_embeddings().weight.shape[0], [()] * len(recipe.tokens.add))
+    asked = recipe.vision
+    vision = empty_vision(asked.name, layer=asked.layer, image_size=asked.image_size, compat=asked.compat)
     with torch.device("meta"):
-        projector = _projector(recipe, vision.width, width_of(language))
-    cast(Any, projector).num_tokens(vision.num_tokens)
+        projector = _projector(recipe, vision, width_of(language))
     model = VLM(vision, projector, language)
     tuned = Tuned(model, model.parts)
     tables: dict[str, list[dict[str, object]]] = {}

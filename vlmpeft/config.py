@@ -12,6 +12,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+import vlmpeft.steering  # noqa: F401  its tuners are found by their kind
 from vlmpeft.errors import ConfigError, VlmpeftError, nearest
 from vlmpeft.recipe import Recipe
 from vlmpeft.schema import as_plain, convert
@@ -19,7 +20,7 @@ from vlmpeft.sections import COMMON, STAGE, Plain, build_recipe
 from vlmpeft.tuners import TUNERS
 from vlmpeft.yaml_file import read_yaml_text
 
-OF_ENCODER = ("weights", "weights_by", "image_size", "mean", "std")  # what is true of one encoder only
+OF_ENCODER = ("weights", "weights_by", "image_size", "mean", "std", "compat")  # what is true of one encoder only
 ALIASES = {"vision": "vision.name", "language": "language.name", "projector": "projector.name"}
 
 

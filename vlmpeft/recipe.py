@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from vlmpeft.data_config import DataConfig as DataConfig
+from vlmpeft.data_config import DataFile as DataFile
 from vlmpeft.tuners.base import Tuner, check
 
 
@@ -20,6 +22,7 @@ class VisionConfig:
     image_size: int | None = None
     mean: tuple[float, float, float] | None = None
     std: tuple[float, float, float] | None = None
+    compat: Literal["tinyllava_siglip"] | None = None
 
     def __post_init__(self) -> None:
         check(self.image_size is None or self.image_size >= 1, "vision.image_size", self.image_size, "at least 1 pixel")
@@ -28,10 +31,29 @@ class VisionConfig:
 
 @dataclass(frozen=True)
 class LanguageConfig:
-    """The language model; see `language.load_language`."""
+    """The language model; see `language.load_language`.
+
+    scale_image_embeddings: multiply image tokens by sqrt(width), as Gemma's embedding does with words. transformers 4
+    did it to both, so VLMs trained there on a Gemma need it.
+    """
 
     name: str
-    attention: str = "sdpa"
+    attention: str = "auto"
+    eos: str | None = None
+    scale_image_embeddings: bool = False
+
+
+@dataclass(frozen=True)
+class TokensConfig:
+    """New tokens; see `tokens.add_tokens`. Their rows train in every stage."""
+
+    add: tuple[str, ...] = ()
+    init: Literal["mean", "text"] = "mean"
+
+    def __post_init__(self) -> None:
+        plain = all(len(token) > 1 and token == token.strip() for token in self.add)
+        check(plain, "tokens.add", self.add, "tokens of 2 letters or more without space around them")
+        check(len(set(self.add)) == len(self.add), "tokens.add", self.add, "every token once")
 
 
 @dataclass(frozen=True)
@@ -43,41 +65,11 @@ class ProjectorConfig:
 
 
 @dataclass(frozen=True)
-class DataConfig:
-    """Where the data is and how it is read.
-
-    pretrain, instruct: LLaVA JSON or JSONL files of the two stages. images: folder the records' paths start from.
-    truncate: what happens to a sample longer than max_length: "right" cuts text at its end (never an image, and at
-    least one answer token stays), "skip" leaves it out, "error" stops. cache_features: encode every image once, keep
-    the features on disk. held_out: share of the records kept for the evaluation loss.
-    """
-
-    pretrain: str | None = None
-    instruct: str | None = None
-    images: str | None = None
-    image_mode: Literal["pad", "square"] = "pad"
-    max_length: int = 2048
-    truncate: Literal["right", "skip", "error"] = "right"
-    on_bad_sample: Literal["error", "skip"] = "error"
-    max_bad_fraction: float = 0.001
-    verify_images: Literal["header", "full"] = "header"
-    auto_image_token: bool = False
-    workers: int = 2
-    cache_features: bool = False
-    held_out: float = 0.0
-
-    def __post_init__(self) -> None:
-        check(self.max_length >= 16, "data.max_length", self.max_length, "at least 16 tokens")
-        check(0 <= self.held_out <= 0.5, "data.held_out", self.held_out, "a share in [0, 0.5]")
-        check(0 <= self.max_bad_fraction <= 1, "data.max_bad_fraction", self.max_bad_fraction, "a share in [0, 1]")
-        check(self.workers >= 0, "data.workers", self.workers, "0 or more")
-
-
-@dataclass(frozen=True)
 class OptimConfig:
     """AdamW and its schedule.
 
-    lr: of tuners without one of their own. clip: gradient norm, null for none. steps: null trains `epochs`.
+    lr: of tuners without one of their own. clip: gradient norm, null for none. steps: null trains `epochs`. l2_sp: pull
+    towards the starting weights, 0 for none; see `drift`.
     """
 
     lr: float = 2e-4
@@ -89,8 +81,10 @@ class OptimConfig:
     warmup: float = 0.03
     epochs: float = 1.0
     steps: int | None = None
+    l2_sp: float = 0.0
 
     def __post_init__(self) -> None:
+        check(self.l2_sp >= 0, "optim.l2_sp", self.l2_sp, "0 or more")
         check(0 < self.lr <= 1, "optim.lr", self.lr, "a number in (0, 1]")
         check(0 <= self.weight_decay < 1, "optim.weight_decay", self.weight_decay, "a number in [0, 1)")
         check(0 <= self.warmup < 1, "optim.warmup", self.warmup, "a share in [0, 1)")
@@ -182,13 +176,28 @@ class EvalConfig:
 
 
 @dataclass(frozen=True)
+class RetentionConfig:
+    """Text alone, before the first stage and after the last: what the language model still knows; see `retention`.
+
+    data: a JSONL file, or "builtin" for the small one that comes along.
+    """
+
+    data: str | None = None
+    batch_size: int = 8
+
+    def __post_init__(self) -> None:
+        check(self.batch_size >= 1, "retention.batch_size", self.batch_size, "at least 1")
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """How and where a run runs.
 
     precision: "auto" takes bf16 where the hardware multiplies it, else fp32. resume: "auto", "never" or a checkpoint.
     save_every, eval_every: optimizer steps, 0 for the end of a stage only. keep: newest checkpoints kept. patience:
     evaluations without a better loss before a stage ends early, 0 for never. trackers: names accelerate knows.
-    dry_run: print what would train, from config.json files alone, and stop.
+    dry_run: print what would train, from config.json files alone, and stop. timeout_s: seconds a process waits for the
+    others; longer than the evaluations, which one process makes while the others wait.
     """
 
     dir: str = "runs/run"
@@ -205,10 +214,12 @@ class RunConfig:
     trackers: tuple[str, ...] = ()
     project: str = "vlmpeft"
     dry_run: bool = False
+    timeout_s: int = 7200
 
     def __post_init__(self) -> None:
         check(0 <= self.seed < 2**63, "run.seed", self.seed, "an integer from 0 to 2**63 - 1")
         check(self.keep >= 2, "run.keep", self.keep, "at least 2: the newest may be in the making when a run dies")
+        check(self.timeout_s >= 1, "run.timeout_s", self.timeout_s, "at least 1 second")
         check(self.log_every >= 1, "run.log_every", self.log_every, "at least 1")
         for name in ("save_every", "eval_every", "patience"):
             check(getattr(self, name) >= 0, f"run.{name}", getattr(self, name), "0 or more")
@@ -221,10 +232,12 @@ class Recipe:
     vision: VisionConfig
     language: LanguageConfig
     stages: Mapping[str, Stage]
+    tokens: TokensConfig = field(default_factory=TokensConfig)
     projector: ProjectorConfig = field(default_factory=ProjectorConfig)
     data: DataConfig = field(default_factory=DataConfig)
     align: AlignConfig = field(default_factory=AlignConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
+    retention: RetentionConfig = field(default_factory=RetentionConfig)
     run: RunConfig = field(default_factory=RunConfig)
     init: str | None = None
     imports: tuple[str, ...] = ()

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import json
 from pathlib import Path
 from typing import Any
 
-import torch
-from accelerate import Accelerator
+from torch import Tensor
 from tqdm import tqdm
 
-from vlmpeft import checkpoint, evaluation, fs, workspace
+from vlmpeft import checkpoint, evaluation, fs, retention, workspace
 from vlmpeft.align import align
 from vlmpeft.build import Bundle, assemble, choose_device, choose_dtype
 from vlmpeft.config import to_yaml
+from vlmpeft.distributed import failing_together, make_accelerator
 from vlmpeft.errors import PREEMPTED
 from vlmpeft.loop import StageTrainer
 from vlmpeft.manifest import verify, versions
@@ -46,12 +47,18 @@ class Run:
         """Train, evaluate, report. Returns: 0, or 143 after SIGTERM."""
         check_recipe(self.recipe)
         self.benchmarks = evaluation.benchmarks(self.recipe.eval, self.recipe.data.images)
+        self.retained = retention.read_retention(self.recipe.retention)
         device = choose_device(self.recipe.run.device)
-        dtype = choose_dtype(self.recipe.run.precision, device)
-        self.accelerator = Accelerator(
-            cpu=device.type == "cpu", mixed_precision="bf16" if dtype == torch.bfloat16 else "no",
+        self.dtype = choose_dtype(self.recipe.run.precision, device)
+        self.accelerator = make_accelerator(
+            device, self.dtype, self.recipe.run.timeout_s,
             log_with=list(self.recipe.run.trackers) or None, project_dir=str(self.dir / "trackers"),
         )  # fmt: skip
+        with failing_together(self.accelerator):
+            return self._locked()
+
+    def _locked(self) -> int:
+        """The run in its directory, which the main process holds. Returns: as `run`."""
         main = self.accelerator.is_main_process
         try:
             with workspace.locked(self.dir) if main else contextlib.nullcontext(), StopSignal() as stop:
@@ -64,7 +71,7 @@ class Run:
                         self._report()
                     return 0
                 try:
-                    self._run(stop, dtype)
+                    self._run(stop)
                 finally:
                     self.accelerator.end_training()
         except Preempted:
@@ -72,23 +79,26 @@ class Run:
             return PREEMPTED
         return 0
 
-    def _run(self, stop: StopSignal, dtype: torch.dtype) -> None:
+    def _run(self, stop: StopSignal) -> None:
         with stop.at_once():  # nothing is trained yet, so there is nothing to save
             config = {"recipe": to_yaml(self.recipe)}
             self.accelerator.init_trackers(self.recipe.run.project, config=config)
-            title = self.recipe.title or "run"
-            self._say(f"{title}: {self.accelerator.device.type}, {str(dtype).removeprefix('torch.')}, into {self.dir}")
-            bundle, position, found = self._bundle(dtype)
+            title, kind = self.recipe.title or "run", str(self.dtype).removeprefix("torch.")
+            self._say(f"{title}: {self.accelerator.device.type}, {kind}, into {self.dir}")
+            bundle, position, found = self._bundle()
             stages, facts = prepare_stages(bundle, self.dir, self._say)
             if found is not None:
                 workspace.check_data(found, facts)
             if found is None or "before" not in evaluation.read(self.dir):
                 self._evaluate(bundle, "before")
+            if found is None:
+                self._retain(bundle, "before")
             if found is None and self.recipe.align.epochs and self.recipe.init is None:
                 self._align(bundle, stages)
         self._train(bundle, stages, facts, position, found, stop)
         with stop.at_once():  # the end of the last stage is saved
             self._evaluate(bundle, "after")
+            self._retain(bundle, "after")
             if self.recipe.eval.blank:
                 self._evaluate(bundle, "blank")
         if self.accelerator.is_main_process:
@@ -96,15 +106,18 @@ class Run:
             self._report()
         self.accelerator.wait_for_everyone()
 
-    def _bundle(self, dtype: torch.dtype) -> tuple[Bundle, Position, Path | None]:
+    def _bundle(self) -> tuple[Bundle, Position, Path | None]:
         """The model at the newest good checkpoint, at `init`, or bare. Returns: bundle, position, checkpoint."""
         found = workspace.find_checkpoint(self.dir, self.recipe)
-        bundle = assemble(self.recipe, self.accelerator.device, dtype, self.recipe.run.seed)
+        bundle = assemble(self.recipe, self.accelerator.device, self.dtype, self.recipe.run.seed)
         position = Position()
         if found is not None:
             checkpoint.restore(bundle, found, verify(found))
             position = workspace.known_best(self.dir, position_of(found))
             self._say(f"going on from {found}")
+            before, now = position.processes, self.accelerator.num_processes
+            if before != now:
+                self._say(f"trained by {before} processes so far, now by {now}: the same samples, other rounding")
         elif self.recipe.init is not None:
             checkpoint.start_from(bundle, Path(self.recipe.init))
         if self.accelerator.is_main_process:
@@ -115,10 +128,16 @@ class Run:
         """Word alignment of the fresh projector; the end of the first stage's steps is where it is first saved."""
         wanted = self.recipe.align.source
         chosen = [stages[name] for name, s in self.recipe.stages.items() if wanted in ("all", s.source)]
-        samples = [sample for data in chosen for sample in data.train]
+        samples = itertools.chain.from_iterable(data.train for data in chosen)
         load = next(iter(stages.values())).load
-        excluded = bundle.tokenizer.all_special_ids
-        loss = align(bundle.model, samples, load, self.recipe.align, excluded, self.recipe.run.seed)
+
+        def whole(path: Path) -> Tensor:
+            """The first view, which shows all of an image."""
+            return load(path)[0]
+
+        new = bundle.tokenizer.convert_tokens_to_ids(list(self.recipe.tokens.add))  # their rows say nothing yet
+        excluded = [*bundle.tokenizer.all_special_ids, *new]
+        loss = align(bundle.model, samples, whole, self.recipe.align, excluded, self.recipe.run.seed)
         self._say("align: no word to align with" if loss is None else f"align: loss {loss:.3f} in the last epoch")
 
     def _train(
@@ -140,12 +159,15 @@ class Run:
                 trainer.resume(found)
             self._say(table_text(name, bundle.tuned.table()))
             results.append(trainer.train(stop))
-            position = Position(stage=index + 1, total=trainer.position.total)
-            if self.accelerator.is_main_process:
+            main, processes = self.accelerator.is_main_process, self.accelerator.num_processes
+            position = Position(stage=index + 1, total=trainer.position.total, processes=processes)
+            if main:
                 self._summarise(results, facts)
-                save_checkpoint(bundle, self.dir, position, None, self.recipe.run.keep, facts)
+            saved = save_checkpoint(bundle, self.dir, position, None, self.recipe.run.keep, facts, main=main)
             self.accelerator.wait_for_everyone()
             stop.check()
+            if trainer.sharded:
+                checkpoint.reload(bundle, saved, self.accelerator.device, self.dtype)
 
     def _evaluate(self, bundle: Bundle, moment: str) -> None:
         """Ask the questions with the template of the last stage, whichever stage the model is in."""
@@ -158,13 +180,22 @@ class Run:
         finally:
             bundle.stage = stage
 
+    def _retain(self, bundle: Bundle, moment: str) -> None:
+        """Measure what the language model still knows without images."""
+        if self.retained is None or not self.accelerator.is_main_process:
+            return
+        self._say(f"retention: {moment}")
+        found = retention.evaluate(bundle, self.retained, self.recipe.retention.batch_size)
+        retention.keep(self.dir, moment, found)
+        self.accelerator.log({f"retention/{key}_{moment}": value for key, value in found.items()})
+
     def _earlier_results(self, position: Position) -> list[StageResult]:
         path = self.dir / SUMMARY
         stages = json.loads(path.read_text(encoding="utf-8"))["stages"] if path.is_file() else []
         return [StageResult(**s) for s in stages[: position.stage]]
 
     def _summarise(self, results: list[StageResult], facts: dict[str, Any]) -> None:
-        counts = {k: sum(f[k] for f in facts["data"].values()) for k in ("records", "used", "skipped")}
+        counts = {k: sum(f[k] for f in facts["data"].values()) for k in ("records", "used", "skipped", "animated")}
         stages = [dataclasses.asdict(result) for result in results]
         summary = {"title": self.recipe.title, "stages": stages, "versions": dict(versions()), "data": counts}
         fs.write_json(self.dir / SUMMARY, summary)
@@ -183,7 +214,7 @@ class Run:
             moments = [moment for moment in ("before", "after", "blank") if i < len(scores.get(moment, []))]
             parts = [f"{moment} {scores[moment][i]['accuracy']:.1%}" for moment in moments]
             lines.append(f"{benchmark.name} accuracy: {', '.join(parts)}\n")
-        return "".join(lines)
+        return "".join(lines) + retention.headline(self.dir)
 
     def _how_to_go_on(self) -> str:
         command = "the same command, but without run.overwrite" if self.recipe.run.overwrite else "the same command"

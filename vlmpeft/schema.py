@@ -56,6 +56,8 @@ def convert(value: object, hint: Any, where: str) -> Any:
         if value not in arguments:
             raise _wrong(where, value, "one of " + ", ".join(map(str, arguments)))
         return value
+    if dataclasses.is_dataclass(hint):
+        return build(hint, value, where)  # type: ignore[arg-type]
     if origin is tuple:
         return _convert_tuple(value, arguments, where)
     if (origin or hint) in (dict, Mapping):

@@ -7,13 +7,16 @@ import typing
 from collections.abc import Mapping
 from typing import Any
 
+from vlmpeft.conflicts import refuse_conflict, structure
 from vlmpeft.errors import ConfigError, nearest
 from vlmpeft.recipe import BatchConfig, OptimConfig, ProjectorConfig, Recipe, Stage
 from vlmpeft.schema import build, convert, unknown_key
-from vlmpeft.tune import refuse_conflict, structure
-from vlmpeft.tuners import TUNERS, Tuner
+from vlmpeft.tuners import TUNERS, Full, TokenRows, Tuner
 
-COMMON = ("title", "imports", "init", "vision", "language", "projector", "data", "align", "eval", "run")
+COMMON = (
+    "title", "imports", "init", "vision", "language", "tokens", "projector", "data", "align", "eval", "retention",
+    "run",
+)  # fmt: skip
 STAGE = ("source", "template", "system", "turns", "gradient_checkpointing", "tuners", "optim", "batch")
 Plain = dict[str, Any]
 
@@ -38,7 +41,19 @@ def build_recipe(values: Mapping[str, Any]) -> Recipe:
     for key in ("vision", "language"):
         if key not in sections:
             raise ConfigError("C106", f"{key}.name is not set.", f"write {key}=NAME.")
-    return Recipe(**sections)
+    recipe = Recipe(**sections)
+    return dataclasses.replace(recipe, stages=_with_token_rows(stages)) if recipe.tokens.add else recipe
+
+
+def _with_token_rows(stages: Mapping[str, Stage]) -> dict[str, Stage]:
+    """Stages that train the rows of new tokens, unless a tuner of their own does so."""
+    out: dict[str, Stage] = {}
+    for name, stage in stages.items():
+        tuners = stage.tuners.values()
+        own = any(isinstance(t, TokenRows) or (isinstance(t, Full) and t.part == "language") for t in tuners)
+        rows: dict[str, Tuner] = {} if own else {"token_rows": TokenRows()}
+        out[name] = dataclasses.replace(stage, tuners={**stage.tuners, **rows})
+    return out
 
 
 def _stages(values: Plain) -> dict[str, Stage]:

@@ -67,7 +67,8 @@ def _answers(endpoint: str) -> bool:
 
 def unreachable(name: str, error: Exception) -> VlmpeftError:
     """The error for weights that cannot be loaded: M547 if they are here but broken, else E420."""
-    reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    reason = " ".join(lines[: 2 if lines and lines[0].endswith(":") else 1]) or type(error).__name__
     if Path(name).exists():
         return ModelError("M547", f"'{name}' cannot be loaded: {reason}", "check that the directory is complete.")
     fix = "check the id, the network, or give a local directory."

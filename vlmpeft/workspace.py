@@ -36,8 +36,10 @@ RUN_KEYS = (
     "patience",
     "trackers",
     "project",
+    "timeout_s",
 )
-MAY_CHANGE = ("title", "imports", "eval", "data.workers", "data.verify_images", *(f"run.{key}" for key in RUN_KEYS))
+CHECKING_KEYS = ("data.workers", "data.verify_images")
+MAY_CHANGE = ("title", "imports", "eval", "retention", *CHECKING_KEYS, *(f"run.{key}" for key in RUN_KEYS))
 SHOWN = 8  # changed keys in one message
 
 
@@ -192,6 +194,7 @@ def known_best(directory: Path, position: Position) -> Position:
             position.evaluated,
             loss=position.loss,
             seconds=position.seconds,
+            processes=position.processes,
         )
     return position
 
