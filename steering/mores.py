@@ -126,8 +126,6 @@ class Steering(Attachment):
         blocks: number of the block of each unit.
     """
 
-    unmergeable = "it edits hidden states at some positions, between the blocks"
-
     def __init__(self, units: Units, routed: RoutedModel, blocks: Sequence[int], site: Site) -> None:
         super().__init__()
         self.units, self._routed = units, routed
@@ -137,6 +135,11 @@ class Steering(Attachment):
             changes = wrapper.before if site == "block_input" else wrapper.after
             changes.append(change := partial(self._steer, unit))
             self._changes.append((changes, change))
+
+    @property
+    def unmergeable(self) -> str:
+        """See `Attachment.unmergeable`."""
+        return "it edits hidden states at some positions, between the blocks"
 
     def _steer(self, unit: int, hidden: Tensor, routing: Routing) -> Tensor:
         return self.units(hidden, unit, routing) if self.enabled else hidden

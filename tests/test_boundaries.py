@@ -32,7 +32,7 @@ LEVELS: dict[int, str] = {
     "steering steering.attention steering.layers steering.mores steering.positions steering.units recipes",
     0: "batch parts routing routed registry errors fs anyres loss schema sources safe_paths layouts layout_names "
     "layout_tokenizer llava_layout manifest sampling stopping json_stream normalise readers "
-    "projectors.base projectors.layers tuners.attachment tuners.base tuners.linear",
+    "projectors.base projectors.layers tuners.attachment tuners.base tuners.linear tuners.targets",
 }
 LEVEL = {name: level for level, names in LEVELS.items() for name in names.split()}
 GROUPS = {  # modules of level 1 that may import each other besides their own level-0 base
@@ -45,6 +45,7 @@ BASES = {  # of level 0, and the groups they are for
     "tuners.attachment": {"tuners", "steering"},
     "tuners.base": {"tuners", "steering"},
     "tuners.linear": {"tuners", "steering"},
+    "tuners.targets": {"tuners", "steering"},
 }
 FREE = {"projectors", "tuners", "steering", "steering.mores", *GROUPS["vision"]}  # they gather their group
 WHERE = {  # an outside library and the modules that may import it; True if inside functions only

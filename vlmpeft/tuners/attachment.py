@@ -12,14 +12,19 @@ BASE = "base_layer."  # what an attachment that wraps a layer keeps it under
 class Attachment(nn.Module):
     """A module that a tuner added. `enabled` set to False lets the model work as if it were not there.
 
-    unmergeable: why it has no form as weights of the base; "" if it has one.
+    wraps_linear: it stands for a linear layer, its `base_layer`, as a whole.
     """
 
-    unmergeable: ClassVar[str] = ""
+    wraps_linear: ClassVar[bool] = False
 
     def __init__(self) -> None:
         super().__init__()
         self.enabled = True
+
+    @property
+    def unmergeable(self) -> str:
+        """Why it has no form as weights of the base; "" if it has one."""
+        return ""
 
     @property
     def merged(self) -> bool:
@@ -44,3 +49,7 @@ class Attachment(nn.Module):
     def own_parameters(self) -> dict[str, nn.Parameter]:
         """Its parameters by name below it, without those of the layer it wraps."""
         return {k: p for k, p in self.named_parameters() if not k.startswith(BASE)}
+
+    def own_modules(self) -> list[nn.Module]:
+        """Every module below it but the layer it wraps and what is in it; a linear layer's base counts as its own."""
+        return [m for k, m in self.named_modules() if k and (self.wraps_linear or not f"{k}.".startswith(BASE))]

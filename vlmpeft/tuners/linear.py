@@ -1,38 +1,106 @@
-"""Finding and wrapping linear layers: what the adapters on linear layers share. Letters: d_in d_out widths."""
+"""What the adapters on linear layers share. Letters: b batch, s sequence, d_in d_out widths."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator
+from typing import ClassVar, Literal, Protocol, get_args
 
 import torch
 from torch import Tensor, nn
 
-from vlmpeft.errors import ModelError, nearest
-from vlmpeft.parts import Parts, path_of
+from vlmpeft.errors import ModelError
+from vlmpeft.parts import Parts
+from vlmpeft.routed import RoutedModel, current_routing, route
+from vlmpeft.routing import Routing
 from vlmpeft.tuners.attachment import Attachment
+from vlmpeft.tuners.base import check, check_part
+from vlmpeft.tuners.targets import find_linears, replace_module
 
-ALL_LINEAR = "all-linear"
-PRESETS = {"minimal": ("q_proj", "v_proj"), "standard": ("q_proj", "k_proj", "v_proj", "o_proj")}
+Where = Literal["all", "visual", "text", "answer"]
+
+
+class LinearTuner(Protocol):
+    """What a tuner of linear layers says of them."""
+
+    kind: ClassVar[str]
+
+    @property
+    def part(self) -> str: ...
+    @property
+    def targets(self) -> str | tuple[str, ...]: ...
+    @property
+    def where(self) -> Where: ...
+
+
+def check_where(tuner: LinearTuner) -> None:
+    """Raise ConfigError C102 unless the tuner's part is known, and has image and text tokens if it picks among them."""
+    check_part(tuner.part, f"{tuner.kind}.part")
+    check(tuner.where in get_args(Where), f"{tuner.kind}.where", tuner.where, "one of " + ", ".join(get_args(Where)))
+    alone = tuner.where == "all" or tuner.part == "language"
+    check(alone, f"{tuner.kind}.where", tuner.where, "all: only the language model sees image and text tokens")
 
 
 class AdaptedLinear(Attachment):
     """A linear layer that keeps its base as `base_layer` and adds something of its own; see the tuners for what.
 
     Args:
-        base: stays as it is but while merged.
+        base: a linear layer, or one that is adapted already; stays as it is but while merged.
+        where: which tokens it acts on; at all others the output is the base's, bit for bit.
     """
 
+    wraps_linear = True
     base_layer: nn.Linear
 
-    def __init__(self, base: nn.Linear) -> None:
+    def __init__(self, base: nn.Linear, where: Where = "all") -> None:
         super().__init__()
-        self.base_layer = base
+        self.base_layer, self.where = base, where
+        self.routed: RoutedModel | None = None  # what tells where the image is, if `where` asks for it
         self.merged_from: Tensor | None = None  # the base weight as it was before `merge`
 
     @property
     def merged(self) -> bool:
         """Whether the base weight holds the update."""
         return self.merged_from is not None
+
+    @property
+    def weight(self) -> Tensor:
+        """The base's weight, (d_out, d_in)."""
+        return self.base_layer.weight
+
+    @property
+    def in_features(self) -> int:
+        """d_in."""
+        return self.base_layer.in_features
+
+    @property
+    def out_features(self) -> int:
+        """d_out."""
+        return self.base_layer.out_features
+
+    @property
+    def unmergeable(self) -> str:
+        """See `Attachment.unmergeable`."""
+        return "" if self.where == "all" else f"it acts on {self.where} tokens alone"
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., d_in) -> (..., d_out) in the base's dtype."""
+        out: Tensor = self.base_layer(x)
+        if not self.enabled or self.merged:
+            return out
+        adapted = self.adapt(x, out)
+        if self.where == "all":
+            return adapted
+        return torch.where(selected(current_routing(), self.where, adapted)[..., None], adapted, out)
+
+    def adapt(self, x: Tensor, out: Tensor) -> Tensor:
+        """The output with the adapter. Args: x (..., d_in); out (..., d_out), what the base gave."""
+        raise NotImplementedError
+
+    def in_own_dtype(self, x: Tensor) -> Tensor:
+        """The input in fp32, as the adapter's weights; autocast chooses the dtype of the products by itself."""
+        kind = x.device.type
+        autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+        return x if autocast else x.float()
 
     def delta(self) -> Tensor:
         """What the adapter adds to the base weight, (d_out, d_in)."""
@@ -41,7 +109,7 @@ class AdaptedLinear(Attachment):
     @torch.no_grad()
     def merge(self) -> None:
         """Fold the update into the base weight; `unmerge` brings the old weight back bit for bit."""
-        weight = self.base_layer.weight
+        weight = self.weight
         if self.merged_from is None:
             self.merged_from = weight.detach().clone()
             weight.copy_(weight + self.delta())  # the sum in fp32 or wider, rounded once
@@ -50,7 +118,7 @@ class AdaptedLinear(Attachment):
     def unmerge(self) -> None:
         """Undo `merge`."""
         if self.merged_from is not None:
-            self.base_layer.weight.copy_(self.merged_from)
+            self.weight.copy_(self.merged_from)
             self.merged_from = None
 
     def settle(self) -> None:
@@ -61,65 +129,54 @@ class AdaptedLinear(Attachment):
     def take_out(self, model: nn.Module, path: str) -> None:
         """Put the base back in its place."""
         self.unmerge()
+        if self.routed is not None:
+            self.routed.release()
         replace_module(model, path, self.base_layer)
 
 
-def is_linear(module: nn.Module) -> bool:
-    """Whether a module is a linear map with a 2-D weight: torch's and what derives from it, quantised ones included."""
-    return isinstance(module, nn.Linear)
+def selected(routing: Routing, where: Where, values: Tensor) -> Tensor:
+    """(b, s) bool: the tokens an adapter acts on.
 
-
-def find_linears(model: nn.Module, parts: Parts, part: str, targets: str | Sequence[str]) -> dict[str, nn.Module]:
-    """The linear layers a tuner works on.
-
-    Args:
-        part: searched alone: for "language" only its blocks, so that neither head nor vision tower is ever hit.
-        targets: "all-linear", "minimal" (q, v), "standard" (q, k, v, o), or exact last names of layers.
-
-    Returns: layers by their path in `model`.
-    Raises: ModelError M550 if a name matches nothing in the part; M552 if a layer carries an adapter already.
+    Raises: ModelError M562 where answers are not known; M563 for `values` that are not (b, s, ...).
     """
-    found = _linears(model, list(parts.blocks) if part == "language" else [parts.get(part)])
-    if targets == ALL_LINEAR:
-        chosen = found
-    else:
-        names = _names(targets)
-        known = {path.rsplit(".", 1)[-1] for path in found}
-        for name in names:
-            if name not in known:
-                fix = "name layers exactly, or use targets=all-linear."
-                raise ModelError("M550", f"no linear layer '{name}' in {part}{nearest(name, known)}", fix)
-        chosen = {path: module for path, module in found.items() if path.rsplit(".", 1)[-1] in names}
-    if not chosen:
-        raise ModelError("M550", f"no linear layer in {part} to put an adapter on.", "choose another part or targets.")
-    for path, module in chosen.items():
-        if isinstance(module, AdaptedLinear):
-            raise ModelError("M552", f"{path} already carries an adapter.", "merge() or remove() it first.")
-    return chosen
+    if where == "all":
+        return routing.visual | routing.text
+    mask = {"visual": routing.visual, "text": routing.text, "answer": routing.answer}[where]
+    if mask is None:
+        raise ModelError("M562", "where=answer, but this forward has no labels and generates nothing.", "give labels.")
+    if values.shape[:2] != mask.shape:
+        shapes = f"{tuple(values.shape[:-1])} against {tuple(mask.shape)}"
+        raise ModelError("M563", f"an adapter with where={where} sees no tokens in order: {shapes}.", "use where=all.")
+    return mask
 
 
-def _linears(model: nn.Module, roots: Sequence[nn.Module]) -> dict[str, nn.Module]:
-    """Linear layers below `roots` by their path in `model`; one with an adapter as a whole, never its insides."""
-    found: dict[str, nn.Module] = {}
-    for root in roots:
-        prefix = path_of(model, root)
-        inside: set[nn.Module] = set()
-        for name, module in root.named_modules():
-            if isinstance(module, AdaptedLinear):
-                inside.update(module.children())
-            if isinstance(module, AdaptedLinear) or (is_linear(module) and module not in inside):
-                found[".".join(p for p in (prefix, name) if p)] = module
-    return found
+def chain(layer: nn.Module) -> Iterator[nn.Module]:
+    """A layer, what it wraps, what that wraps, down to the plain one."""
+    while isinstance(layer, AdaptedLinear):
+        yield layer
+        layer = layer.base_layer
+    yield layer
 
 
-def _names(targets: str | Sequence[str]) -> Sequence[str]:
-    """The layer names that a preset, a name or a list of names stands for."""
-    if isinstance(targets, str):
-        return PRESETS.get(targets, (targets,))
-    return targets
+def wrap_linears(
+    model: nn.Module, parts: Parts, tuner: LinearTuner, wrap: Callable[[nn.Linear], AdaptedLinear]
+) -> dict[str, nn.Parameter]:
+    """Put an adapter on every linear layer a tuner works on; one of another kind there stays below it.
 
-
-def replace_module(model: nn.Module, path: str, module: nn.Module) -> None:
-    """Put `module` at a dotted path."""
-    parent, _, name = path.rpartition(".")
-    setattr(model.get_submodule(parent), name, module)
+    Returns: the adapters' parameters by name. Raises: ModelError M550, M551, M552.
+    """
+    trained: dict[str, nn.Parameter] = {}
+    for path, linear in find_linears(model, parts, tuner.part, tuner.targets).items():
+        if not isinstance(linear, nn.Linear | AdaptedLinear) or linear is parts.projector:
+            fix = "tune it with a tuner of kind full."
+            raise ModelError("M551", f"{path} is a {type(linear).__name__}, which {tuner.kind} cannot wrap.", fix)
+        layer = wrap(linear)  # type: ignore[arg-type]
+        if type(layer) is type(linear):
+            raise ModelError(
+                "M552", f"{path} already carries an adapter of this kind.", "merge() or remove() it first."
+            )
+        if tuner.where != "all":
+            layer.where, layer.routed = tuner.where, route(model, parts)
+        replace_module(model, path, layer.train(linear.training))
+        trained |= {f"{path}.{name}": p for name, p in layer.own_parameters().items()}
+    return trained

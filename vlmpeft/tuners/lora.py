@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from vlmpeft.errors import ModelError
 from vlmpeft.parts import Parts
-from vlmpeft.tuners.base import TUNERS, check, check_part
-from vlmpeft.tuners.linear import ALL_LINEAR, AdaptedLinear, find_linears, replace_module
+from vlmpeft.tuners.base import TUNERS, check
+from vlmpeft.tuners.linear import AdaptedLinear, Where, check_where, wrap_linears
+from vlmpeft.tuners.targets import ALL_LINEAR
 
 
 class LoRALinear(AdaptedLinear):
@@ -37,22 +38,13 @@ class LoRALinear(AdaptedLinear):
         self.scale = scale
         self.train(base.training)  # or the dropout would act in a model that is in eval mode
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., d_in) -> (..., d_out) in the base's dtype."""
-        out: Tensor = self.base_layer(x)
-        if not self.enabled or self.merged:
-            return out
-        low = self.lora_A(self.dropout(self._to_adapter(x)))  # (..., r)
+    def adapt(self, x: Tensor, out: Tensor) -> Tensor:
+        """See `AdaptedLinear.adapt`."""
+        low = self.lora_A(self.dropout(self.in_own_dtype(x)))  # (..., r)
         if low.dtype == out.dtype:  # one product that adds into the output: no (..., d_out) tensor of its own
             rows, low = out.reshape(-1, out.shape[-1]), low.reshape(-1, low.shape[-1])
             return torch.addmm(rows, low, self.lora_B.weight.T, alpha=self.scale).view(out.shape)
         return (out + self.lora_B(low) * self.scale).to(out.dtype)
-
-    def _to_adapter(self, x: Tensor) -> Tensor:
-        """Autocast chooses the dtype of the products; without it the adapter computes in its own."""
-        kind = x.device.type
-        autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-        return x if autocast else x.to(self.lora_A.weight.dtype)
 
     def delta(self) -> Tensor:
         """The weight update scale * B A, (d_out, d_in), fp32."""
@@ -72,6 +64,7 @@ class LoRA:
             (q, k, v, o), or a list of exact layer names.
         part: the part whose layers are wrapped.
         rslora: scale alpha / sqrt(r) instead of alpha / r.
+        where: "all", "visual", "text" or "answer" tokens: at the others the layer stays its base.
         lr: learning rate of its own.
     """
 
@@ -82,10 +75,11 @@ class LoRA:
     targets: str | tuple[str, ...] = ALL_LINEAR
     part: str = "language"
     rslora: bool = False
+    where: Where = "all"
     lr: float | None = None
 
     def __post_init__(self) -> None:
-        check_part(self.part, "lora.part")
+        check_where(self)
         check(self.r >= 1, "lora.r", self.r, "an integer of at least 1")
         check(0 <= self.dropout < 1, "lora.dropout", self.dropout, "a number in [0, 1)")
         check(self.alpha is None or self.alpha > 0, "lora.alpha", self.alpha, "a number above 0")
@@ -107,15 +101,7 @@ class LoRA:
 
     def apply(self, model: nn.Module, parts: Parts) -> Mapping[str, nn.Parameter]:
         """Wrap the target layers. Returns: A and B of each, by name."""
-        trained: dict[str, nn.Parameter] = {}
-        for path, linear in find_linears(model, parts, self.part, self.targets).items():
-            if not isinstance(linear, nn.Linear) or linear is parts.projector:
-                fix = "tune it with a tuner of kind full."
-                raise ModelError("M551", f"{path} is a {type(linear).__name__}, which LoRA cannot wrap.", fix)
-            layer = LoRALinear(linear, self.r, self.scale, self.dropout)
-            replace_module(model, path, layer)
-            trained |= {f"{path}.{k}": p for k, p in layer.named_parameters() if k.startswith("lora_")}
-        return trained
+        return wrap_linears(model, parts, self, lambda base: LoRALinear(base, self.r, self.scale, self.dropout))
 
     def peft_config(self, base: str, targets: list[str]) -> dict[str, Any]:
         """adapter_config.json as `peft` reads it. Args: targets: layer paths relative to the adapter's root."""
