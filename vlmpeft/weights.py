@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from vlmpeft import fs
 from vlmpeft.errors import ModelError
 from vlmpeft.parts import Parts, adapter_root, path_of
-from vlmpeft.tuners.lora import LoRA, read_adapter_config
+from vlmpeft.tuners.attachment import Attachment
+from vlmpeft.tuners.base import PeftForm, Tuner, peft_form
 
 if TYPE_CHECKING:
     from vlmpeft.tune import Applied
@@ -33,7 +34,12 @@ def plain_name(name: str) -> str:
 
 def peft_key(name: str, root_prefix: str) -> str:
     """Key of a tensor in an adapter file: PEFT's prefix and the path below the adapter's root."""
-    return PEFT_PREFIX + name.removeprefix(root_prefix)
+    return PEFT_PREFIX + plain_name(name).removeprefix(root_prefix)
+
+
+def _path(path: str) -> str:
+    """A module's path as it is without adapters around it."""
+    return plain_name(f"{path}.").removesuffix(".")
 
 
 def read_strict(path: Path, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -89,9 +95,9 @@ def write_tuned(applied: Iterable[Applied], model: nn.Module, parts: Parts, dire
     written: set[str] = set()
     rest: dict[str, Tensor] = {}
     for one in applied:
-        if isinstance(one.tuner, LoRA):
-            _write_adapter(one, one.tuner, model, parts, directory / ADAPTERS / one.name)
-        elif one.tuner.part == "projector":
+        if form := peft_form(one.tuner):
+            _write_adapter(one, form, model, parts, directory / ADAPTERS / one.name)
+        elif _is_projector(one.tuner):
             fs.write_tensors(directory / PROJECTOR, parts.projector.state_dict())
         else:
             rest |= {plain_name(k): p for k, p in one.parameters.items()}
@@ -101,16 +107,18 @@ def write_tuned(applied: Iterable[Applied], model: nn.Module, parts: Parts, dire
     return written
 
 
-def _write_adapter(applied: Applied, tuner: LoRA, model: nn.Module, parts: Parts, directory: Path) -> None:
+def _write_adapter(applied: Applied, tuner: PeftForm, model: nn.Module, parts: Parts, directory: Path) -> None:
     root, prefix = _root(tuner, model, parts)
     tensors = {peft_key(k, prefix): p for k, p in applied.parameters.items()}
-    targets = sorted({k.removeprefix(prefix).rsplit(".", 2)[0] for k in applied.parameters})
+    ours = {id(p) for p in applied.parameters.values()}
+    attached = [(path, m) for path, m in root.named_modules() if isinstance(m, Attachment)]
+    targets = sorted({_path(p) for p, m in attached if ours & {id(x) for x in m.own_parameters().values()}})
     base = str(getattr(getattr(root, "config", None), "_name_or_path", "") or "")
     fs.write_tensors(directory / ADAPTER_FILE, tensors)
     fs.write_json(directory / "adapter_config.json", tuner.peft_config(base, targets))
 
 
-def _root(tuner: LoRA, model: nn.Module, parts: Parts) -> tuple[nn.Module, str]:
+def _root(tuner: PeftForm, model: nn.Module, parts: Parts) -> tuple[nn.Module, str]:
     """The module an adapter file is relative to, and its path with a dot."""
     root = adapter_root(model, parts) if tuner.part in ("language", "lm_head") else parts.get(tuner.part)
     path = path_of(model, root)
@@ -124,19 +132,19 @@ def read_tuned(applied: Iterable[Applied], model: nn.Module, parts: Parts, direc
     Raises: ModelError M502, M503, M554.
     """
     applied = list(applied)
-    adapters = {one.name for one in applied if isinstance(one.tuner, LoRA)}
+    adapters = {one.name for one in applied if peft_form(one.tuner)}
     pending: Pending = []
     rest: dict[str, nn.Parameter] = {}
     for one in applied:
-        if isinstance(one.tuner, LoRA):
+        if form := peft_form(one.tuner):
             folder = _adapter_folder(directory, one.name, adapters)
-            _check_scale(folder, one.tuner)
-            prefix = _root(one.tuner, model, parts)[1]
+            form.check_peft(folder)
+            prefix = _root(form, model, parts)[1]
             expected = {peft_key(k, prefix): p for k, p in one.parameters.items()}
             pending.append((expected, read_strict(folder / ADAPTER_FILE, expected)))
-        elif one.tuner.part != "projector":
+        elif not _is_projector(one.tuner):
             rest |= {plain_name(k): p for k, p in one.parameters.items()}
-    tunes_projector = any(not isinstance(one.tuner, LoRA) and one.tuner.part == "projector" for one in applied)
+    tunes_projector = any(_is_projector(one.tuner) for one in applied)
     if tunes_projector or (directory / PROJECTOR).exists():  # a saved projector comes back whoever tuned it
         state = parts.projector.state_dict()
         pending.append((state, read_strict(directory / PROJECTOR, state)))
@@ -157,11 +165,6 @@ def _adapter_folder(directory: Path, name: str, adapters: set[str]) -> Path:
     return folder / name
 
 
-def _check_scale(folder: Path, tuner: LoRA) -> None:
-    """Raise unless an adapter folder was trained with this tuner's rank and scale: equal shapes do not tell."""
-    config = read_adapter_config(folder)
-    found = (config["r"], float(config["lora_alpha"]), bool(config.get("use_rslora")))
-    if found != (tuner.r, tuner.numerator, tuner.rslora):
-        ours = f"{tuner.r}, {tuner.numerator:g}, {tuner.rslora}"
-        message = f"{folder} has r, alpha, rslora = {found[0]}, {found[1]:g}, {found[2]}; the tuner here has {ours}."
-        raise ModelError("M502", message, "apply the tuner it was trained with, or lora_from_peft(directory).")
+def _is_projector(tuner: Tuner) -> bool:
+    """Whether a tuner trains the projector whole, which has a file of its own."""
+    return tuner.kind == "full" and tuner.part == "projector"

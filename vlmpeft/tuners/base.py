@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar, Protocol
+from pathlib import Path
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from torch import nn
 
@@ -28,6 +29,33 @@ class Tuner(Protocol):
     def apply(self, model: nn.Module, parts: Parts) -> Mapping[str, nn.Parameter]:
         """Change the model in place. Returns: what is to be trained, by its name in `model`, in fp32."""
         ...
+
+
+@runtime_checkable
+class PeftForm(Protocol):
+    """A tuner that `peft` has too: its tensors, under peft's names, go into a folder that `peft` loads."""
+
+    kind: ClassVar[str]
+
+    @property
+    def part(self) -> str: ...
+    @property
+    def in_peft(self) -> bool:
+        """Whether these very settings exist in peft."""
+        ...
+
+    def peft_config(self, base: str, targets: list[str]) -> dict[str, Any]:
+        """adapter_config.json. Args: targets: paths of the adapted modules, relative to the adapter's root."""
+        ...
+
+    def check_peft(self, folder: Path) -> None:
+        """Raise ModelError M502 or M554 unless a folder's adapter_config.json means this tuner."""
+        ...
+
+
+def peft_form(tuner: object) -> PeftForm | None:
+    """The tuner, if its folder is one that `peft` loads."""
+    return tuner if isinstance(tuner, PeftForm) and tuner.in_peft else None
 
 
 TUNERS: Registry[Tuner] = Registry("tuner")

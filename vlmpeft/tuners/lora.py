@@ -103,8 +103,23 @@ class LoRA:
         """Wrap the target layers. Returns: A and B of each, by name."""
         return wrap_linears(model, parts, self, lambda base: LoRALinear(base, self.r, self.scale, self.dropout))
 
+    @property
+    def in_peft(self) -> bool:
+        """`peft` acts on every token."""
+        return self.where == "all"
+
+    def check_peft(self, folder: Path) -> None:
+        """Raise unless an adapter folder was trained with this rank and scale: equal shapes do not tell."""
+        config = read_adapter_config(folder)
+        found = (config["r"], float(config["lora_alpha"]), bool(config.get("use_rslora")))
+        if found != (self.r, self.numerator, self.rslora):
+            ours = f"{self.r}, {self.numerator:g}, {self.rslora}"
+            theirs = f"{folder} has r, alpha, rslora = {found[0]}, {found[1]:g}, {found[2]}"
+            fix = "apply the tuner it was trained with, or lora_from_peft(directory)."
+            raise ModelError("M502", f"{theirs}; the tuner here has {ours}.", fix)
+
     def peft_config(self, base: str, targets: list[str]) -> dict[str, Any]:
-        """adapter_config.json as `peft` reads it. Args: targets: layer paths relative to the adapter's root."""
+        """See `PeftForm.peft_config`."""
         return {
             "peft_type": "LORA",
             "task_type": "CAUSAL_LM" if self.part in ("language", "lm_head") else None,
