@@ -86,7 +86,38 @@ def test_the_other_published_rates_are_one_override_away(name: str, overrides: l
 
 
 def test_every_shipped_recipe_is_known_here() -> None:
-    assert set(recipe_names()) == {*PUBLISHED, "llava_two_stage", "quickstart"}
+    steered = {"llava_mores", "llava_mores_3b", "quickstart_mores"}
+    assert set(recipe_names()) - {"llava_qlora"} == {*PUBLISHED, *steered, "llava_two_stage", "quickstart"}
+
+
+@pytest.mark.parametrize(
+    ("name", "language", "vision"),
+    [
+        ("llava_mores", VICUNA, (CLIP, -2, None)),
+        ("llava_mores_3b", "microsoft/phi-2", ("hf:google/siglip-so400m-patch14-384", -2, "tinyllava_siglip")),
+    ],
+)
+def test_steering_recipes_are_those_of_the_released_scripts(name: str, language: str, vision: tuple[Any, ...]) -> None:
+    recipe = load_recipe(name)
+    assert (recipe.language.name, recipe.data.image_mode) == (language, "square")
+    assert (recipe.vision.name, recipe.vision.layer, recipe.vision.compat) == vision
+    (stage,) = recipe.stages.values()
+    assert (stage.batch.size, stage.batch.group, stage.gradient_checkpointing) == (128, "none", True)
+    assert stage.tuners.keys() == {"mores", "projector"}
+    steering: Any = stage.tuners["mores"]
+    assert (steering.rank, steering.positions, steering.site) == (1, "first_last:4,5", "block_output")
+    assert (steering.init, steering.layers, steering.lr, stage.tuners["projector"].lr) == (
+        "reference",
+        "all",
+        2e-4,
+        2e-4,
+    )
+    assert (stage.optim.weight_decay, stage.optim.schedule, stage.optim.warmup, stage.optim.epochs) == (
+        0,
+        "cosine",
+        0.03,
+        1,
+    )
 
 
 @pytest.mark.parametrize("name", recipe_names())
