@@ -8,8 +8,8 @@ PY := $(VENV)/bin/python
 CPU_ENV := MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=2147483647 MALLOC_TOP_PAD_=268435456
 
 # The captions of the drawn scenes name every shape and colour; the other answers (counts, places) name nothing seen.
-SCENE_WORDS := align.source=pretrain align.scale=1 align.max_share=0.6 align.epochs=15 \
-  stages.pretrain.optim.lr=1e-5 stages.pretrain.optim.epochs=0.02 stages.instruct.tuners.lora.lr=8e-4
+SCENE_WORDS := align.source=pretrain align.scale=1 align.max_share=0.6 align.epochs=15 align.weight_decay=0.01 \
+  projector.dropout=0 stages.instruct.tuners.projector.lr=5e-4
 
 .PHONY: quickstart test lint install install-dev clean
 
