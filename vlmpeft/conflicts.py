@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Protocol, runtime_checkable
 
+from torch import nn
+
 from vlmpeft.errors import ModelError
 from vlmpeft.tuners.base import Tuner
 from vlmpeft.tuners.full import Full
+from vlmpeft.tuners.substitute import Substitute
 
 
 @runtime_checkable
@@ -30,6 +33,15 @@ def refuse_conflict(name: str, tuner: Tuner, others: Mapping[str, Tuner]) -> Non
         if other_name == name or same:
             message = f"tuner '{name}' ({tuner.kind} on {tuner.part}) meets another '{other_name}' there."
             raise ModelError("M552", message, "use one of them, or the same settings (but lr) under the same name.")
+
+
+def refuse_replaced(model: nn.Module, trained: Mapping[str, nn.Parameter]) -> None:
+    """Raise ModelError M552 if what trains has no effect, as another tuner's tensor stands for it."""
+    substitutes = [m for m in model.modules() if isinstance(m, Substitute)]
+    replaced = {id(p) for one in substitutes for p in one.replaced().values()}
+    for name, parameter in trained.items():
+        if id(parameter) in replaced:
+            raise ModelError("M552", f"{name} would train, but another tuner stands for it.", "use one of the two.")
 
 
 def named_after_parts(tuners: Sequence[Tuner]) -> dict[str, Tuner]:

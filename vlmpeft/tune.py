@@ -10,9 +10,10 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from vlmpeft.conflicts import named_after_parts, refuse_conflict, structure
+from vlmpeft.conflicts import named_after_parts, refuse_conflict, refuse_replaced, structure
 from vlmpeft.errors import ModelError
 from vlmpeft.parts import Parts, parameter_table, parts_of, path_of
+from vlmpeft.quant_weight import is_quantised, refuse_training
 from vlmpeft.tuners.attachment import Attachment
 from vlmpeft.tuners.base import Tuner
 from vlmpeft.tuners.linear import AdaptedLinear
@@ -49,8 +50,10 @@ class Tuned:
         try:
             for name, tuner in tuners.items():
                 self._add(name, tuner)
-            self._rename()
+            self.rename()
             self.active = set(tuners)
+            refuse_training(self.model, self.trainable())
+            refuse_replaced(self.model, self.trainable())
             for parameter in self.trainable().values():
                 parameter.requires_grad_(True)
         except Exception:
@@ -68,7 +71,7 @@ class Tuned:
             before = Applied(name, tuner, tuner.apply(self.model, self.parts))
         self.applied[name] = Applied(name, tuner, before.parameters)
 
-    def _rename(self) -> None:
+    def rename(self) -> None:
         """Give every parameter the name it has now: an adapter that wraps a layer changes the names inside."""
         names = {id(p): name for name, p in self.model.named_parameters()}
         for key, applied in self.applied.items():
@@ -124,6 +127,7 @@ class Tuned:
                 assign(parameters, values)
 
     def _adapters(self) -> list[Attachment]:
+        """Outermost first: of those on one layer the inner must be merged first, and unmerged last."""
         return [m for m in self.model.modules() if isinstance(m, Attachment)]
 
     def _added(self) -> set[str]:
@@ -135,10 +139,10 @@ class Tuned:
         """Fold the adapters into the weights they sit on; outputs stay, up to rounding.
 
         Raises: ModelError M555 for an adapter on a tied weight, whose twin would change too; M556 for one that has no
-            form as weights.
+            form as weights; M557 for one on a quantised weight.
         """
         self._refuse_merge()
-        for layer in self._adapters():
+        for layer in reversed(self._adapters()):
             layer.merge()
 
     def _refuse_merge(self) -> None:
@@ -146,6 +150,9 @@ class Tuned:
         for path, layer in self.model.named_modules():
             if isinstance(layer, Attachment) and layer.unmergeable:
                 reason = f"{path} ({type(layer).__name__}) cannot be merged: {layer.unmergeable}."
+                if isinstance(layer, AdaptedLinear) and is_quantised(layer):
+                    into = "python -m vlmpeft.merge model=DIR out=DIR merges into the original weights."
+                    raise ModelError("M557", reason, into)
                 raise ModelError("M556", reason, "keep it beside the base, or remove() it first.")
             if isinstance(layer, AdaptedLinear) and uses[id(layer.base_layer.weight)] > 1:
                 raise ModelError("M555", f"{path} shares its weight with another layer.", "keep its adapter unmerged.")
@@ -159,15 +166,15 @@ class Tuned:
         """Fold the adapters in for good and take them out: the model is a plain one, and nothing trains.
 
         Layer by layer, so that no second copy of the weights is held. Fully tuned parts stay known, and are saved.
-        Raises: ModelError M555, M556 as `merge`.
+        Raises: ModelError M555-M557 as `merge`.
         """
         self._refuse_merge()
         added = self._added()
-        for layer in self._adapters():
+        for layer in reversed(self._adapters()):
             layer.settle()
         self._take_out(self._adapters())
         self.applied = {name: a for name, a in self.applied.items() if not added.issuperset(a.parameters)}
-        self._rename()
+        self.rename()
         self.active = set()
         self.model.requires_grad_(False)
 
@@ -180,7 +187,7 @@ class Tuned:
         try:
             yield
         finally:
-            for layer in merged:
+            for layer in reversed(merged):
                 layer.merge()
 
     @contextlib.contextmanager
@@ -212,9 +219,11 @@ class Tuned:
 
     def _take_out(self, layers: Sequence[Attachment]) -> None:
         chosen = {id(layer) for layer in layers}
-        for path, layer in list(self.model.named_modules()):
-            if isinstance(layer, Attachment) and id(layer) in chosen:
-                layer.take_out(self.model, path)
+        for layer in layers:
+            layer.unmerge()
+        for path, module in reversed(list(self.model.named_modules())):
+            if isinstance(module, Attachment) and id(module) in chosen:
+                module.take_out(self.model, path)
 
     def table(self) -> list[dict[str, object]]:
         """Rows of the trainable table: part, tuners, trainable and total parameters, each tensor counted once."""

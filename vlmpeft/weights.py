@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,7 +14,7 @@ from vlmpeft import fs
 from vlmpeft.errors import ModelError
 from vlmpeft.parts import Parts, adapter_root, path_of
 from vlmpeft.tuners.attachment import Attachment
-from vlmpeft.tuners.base import PeftForm, Tuner, peft_form
+from vlmpeft.tuners.base import PeftForm, PeftTensors, Tuner, peft_form
 
 if TYPE_CHECKING:
     from vlmpeft.tune import Applied
@@ -24,16 +25,19 @@ ADAPTER_FILE = "adapter_model.safetensors"
 PROJECTOR = "projector.safetensors"
 TRAINED = "trained.safetensors"
 PEFT_PREFIX = "base_model.model."
+VIRTUAL = "prompt_embeddings"  # the one tensor of peft's files for virtual tokens, which no module holds
 SAME = "was it trained with the same tuners and base?"
 
 
 def plain_name(name: str) -> str:
     """A parameter's name as it is without adapters around it."""
-    return name.replace(".base_layer.", ".")
+    return re.sub(r"(\.base_layer)+\.", ".", name)  # one layer may carry several
 
 
 def peft_key(name: str, root_prefix: str) -> str:
     """Key of a tensor in an adapter file: PEFT's prefix and the path below the adapter's root."""
+    if name.endswith(f".{VIRTUAL}"):
+        return VIRTUAL
     return PEFT_PREFIX + plain_name(name).removeprefix(root_prefix)
 
 
@@ -42,22 +46,27 @@ def _path(path: str) -> str:
     return plain_name(f"{path}.").removesuffix(".")
 
 
-def read_strict(path: Path, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Read a safetensors file whose keys, shapes and finiteness must all be right.
-
-    Raises: ModelError M502 naming the first missing, extra or misshapen tensor or one of another kind of number, M503
-        one that is not finite in the model's dtype.
-    """
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Every tensor of a safetensors file. Raises: ModelError M502 if it is missing or damaged."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     if not path.is_file():
         raise ModelError("M502", f"no weights file {path}.", "check the directory.")
     try:
-        found = load_file(path)
+        return load_file(path)
     except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
         fix = "restore it from another checkpoint."
         raise ModelError("M502", f"{path} is not a safetensors file: {error}.", fix) from error
+
+
+def read_strict(path: Path, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Read a safetensors file whose keys, shapes and finiteness must all be right.
+
+    Raises: ModelError M502 naming the first missing, extra or misshapen tensor or one of another kind of number, M503
+        one that is not finite in the model's dtype.
+    """
+    found = read_tensors(path)
     missing, extra = expected.keys() - found.keys(), found.keys() - expected.keys()
     for problem, names in (("lacks", missing), ("has the unknown", extra)):
         if names:
@@ -100,16 +109,33 @@ def write_tuned(applied: Iterable[Applied], model: nn.Module, parts: Parts, dire
         elif _is_projector(one.tuner):
             fs.write_tensors(directory / PROJECTOR, parts.projector.state_dict())
         else:
-            rest |= {plain_name(k): p for k, p in one.parameters.items()}
+            rest |= {plain_name(k): p for k, p in with_frozen(one, model).items()}
         written |= set(one.parameters)
     if rest:
         fs.write_tensors(directory / TRAINED, rest)
     return written
 
 
+def with_frozen(applied: Applied, model: nn.Module) -> dict[str, nn.Parameter]:
+    """What a tuner trains and the frozen parameters beside it in the same attachments: an adapter needs both."""
+    ours = {id(p) for p in applied.parameters.values()}
+    found: dict[str, nn.Parameter] = {}
+    for path, module in model.named_modules():
+        own = module.own_parameters() if isinstance(module, Attachment) else {}
+        if ours & {id(p) for p in own.values()}:
+            found |= {f"{path}.{name}": p for name, p in own.items()}
+    return {**found, **applied.parameters}
+
+
+def peft_tensors(applied: Applied, model: nn.Module) -> dict[str, Tensor]:
+    """What an adapter's file holds, by name in `model`, in the form that `peft` has for it."""
+    held: Mapping[str, Tensor] = with_frozen(applied, model)
+    return applied.tuner.to_peft(held) if isinstance(applied.tuner, PeftTensors) else dict(held)
+
+
 def _write_adapter(applied: Applied, tuner: PeftForm, model: nn.Module, parts: Parts, directory: Path) -> None:
     root, prefix = _root(tuner, model, parts)
-    tensors = {peft_key(k, prefix): p for k, p in applied.parameters.items()}
+    tensors = {peft_key(k, prefix): p for k, p in peft_tensors(applied, model).items()}
     ours = {id(p) for p in applied.parameters.values()}
     attached = [(path, m) for path, m in root.named_modules() if isinstance(m, Attachment)]
     targets = sorted({_path(p) for p, m in attached if ours & {id(x) for x in m.own_parameters().values()}})
@@ -140,10 +166,14 @@ def read_tuned(applied: Iterable[Applied], model: nn.Module, parts: Parts, direc
             folder = _adapter_folder(directory, one.name, adapters)
             form.check_peft(folder)
             prefix = _root(form, model, parts)[1]
-            expected = {peft_key(k, prefix): p for k, p in one.parameters.items()}
-            pending.append((expected, read_strict(folder / ADAPTER_FILE, expected)))
+            expected = peft_tensors(one, model)
+            found = read_strict(folder / ADAPTER_FILE, {peft_key(k, prefix): t for k, t in expected.items()})
+            values = {name: found[peft_key(name, prefix)] for name in expected}
+            if isinstance(one.tuner, PeftTensors):
+                values = one.tuner.from_peft(values)
+            pending.append((with_frozen(one, model), values))
         elif not _is_projector(one.tuner):
-            rest |= {plain_name(k): p for k, p in one.parameters.items()}
+            rest |= {plain_name(k): p for k, p in with_frozen(one, model).items()}
     tunes_projector = any(_is_projector(one.tuner) for one in applied)
     if tunes_projector or (directory / PROJECTOR).exists():  # a saved projector comes back whoever tuned it
         state = parts.projector.state_dict()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 from torch import nn
 
 BASE = "base_layer."  # what an attachment that wraps a layer keeps it under
@@ -15,7 +13,7 @@ class Attachment(nn.Module):
     wraps_linear: it stands for a linear layer, its `base_layer`, as a whole.
     """
 
-    wraps_linear: ClassVar[bool] = False
+    wraps_linear: bool = False
 
     def __init__(self) -> None:
         super().__init__()

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
-from torch import nn
+from torch import Tensor, nn
 
 from vlmpeft.errors import ConfigError
 from vlmpeft.parts import PARTS, Parts
@@ -50,6 +50,61 @@ class PeftForm(Protocol):
 
     def check_peft(self, folder: Path) -> None:
         """Raise ModelError M502 or M554 unless a folder's adapter_config.json means this tuner."""
+        ...
+
+
+@runtime_checkable
+class PeftTensors(Protocol):
+    """A `PeftForm` whose file holds other tensors than its layers do. Names are those of `Tuned.trainable`."""
+
+    def to_peft(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]: ...
+    def from_peft(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]: ...
+
+
+@runtime_checkable
+class HasLrFactors(Protocol):
+    """A tuner some of whose parameters learn faster or slower than its learning rate says."""
+
+    def lr_factors(self, names: Iterable[str]) -> Mapping[str, float]:
+        """Factors by name; 1 for a name that is left out."""
+        ...
+
+
+@runtime_checkable
+class DoesNotDecay(Protocol):
+    """A tuner whose parameters do not start around zero: weight decay would pull them from where they belong.
+
+    decays: says so in the tuner's file.
+    """
+
+    decays: ClassVar[bool]
+
+
+@runtime_checkable
+class BeforeStep(Protocol):
+    """A tuner that changes what trains as training goes on, in one process."""
+
+    def before_step(self, parts: Parts, step: int) -> None:
+        """Set `requires_grad` of what it trains. Args: step: optimizer steps of the stage done so far."""
+        ...
+
+
+@runtime_checkable
+class Calibrated(Protocol):
+    """A tuner that must see samples before it trains.
+
+    samples: how many it wants.
+    """
+
+    @property
+    def samples(self) -> int: ...
+
+    def is_calibrated(self, model: nn.Module, parts: Parts) -> bool:
+        """Whether it has seen them, now or before it was saved."""
+        ...
+
+    def calibrate(self, model: nn.Module, parts: Parts, losses: Iterable[Tensor]) -> None:
+        """See them. Args: losses: summed over the tokens of one sample each, computed as they are taken."""
         ...
 
 

@@ -11,6 +11,7 @@ from torch import nn
 
 from vlmpeft.errors import ModelError
 from vlmpeft.parts import Parts, path_of
+from vlmpeft.quant_weight import refuse_training
 from vlmpeft.tuners.attachment import Attachment
 from vlmpeft.tuners.base import TUNERS, check, check_part
 
@@ -36,9 +37,10 @@ class Full:
     def apply(self, model: nn.Module, parts: Parts) -> Mapping[str, nn.Parameter]:
         """Bring the part to fp32. Returns: its parameters by name; adapters already in it are not its own.
 
-        Raises: ModelError M551 if the part has none.
+        Raises: ModelError M551 if the part has none; M559 if they are quantised.
         """
         module = parts.get(self.part)
+        refuse_training(module, dict(module.named_parameters()))
         prefix = path_of(model, module)
         attached = (m for m in module.modules() if isinstance(m, Attachment))
         others = {id(p) for one in attached for p in one.own_parameters().values()}

@@ -3,41 +3,62 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import ClassVar, Literal, Protocol, get_args
+from dataclasses import dataclass
+from typing import ClassVar, Literal, Protocol, get_args, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
 from vlmpeft.errors import ModelError
 from vlmpeft.parts import Parts
-from vlmpeft.routed import RoutedModel, current_routing, route
+from vlmpeft.quant_weight import is_quantised
+from vlmpeft.routed import RoutedModel, current_routing, find_routing, route, routed
 from vlmpeft.routing import Routing
 from vlmpeft.tuners.attachment import Attachment
 from vlmpeft.tuners.base import check, check_part
-from vlmpeft.tuners.targets import find_linears, replace_module
+from vlmpeft.tuners.targets import find_linears, is_linear, replace_module
 
 Where = Literal["all", "visual", "text", "answer"]
 
 
-class LinearTuner(Protocol):
-    """What a tuner of linear layers says of them."""
+class GatedTuner(Protocol):
+    """What a tuner says of the tokens it acts on."""
 
     kind: ClassVar[str]
 
     @property
     def part(self) -> str: ...
     @property
-    def targets(self) -> str | tuple[str, ...]: ...
-    @property
     def where(self) -> Where: ...
 
 
-def check_where(tuner: LinearTuner) -> None:
+@runtime_checkable
+class LinearTuner(GatedTuner, Protocol):
+    """What a tuner of linear layers says of them."""
+
+    @property
+    def targets(self) -> str | tuple[str, ...]: ...
+
+
+def check_where(tuner: GatedTuner) -> None:
     """Raise ConfigError C102 unless the tuner's part is known, and has image and text tokens if it picks among them."""
     check_part(tuner.part, f"{tuner.kind}.part")
     check(tuner.where in get_args(Where), f"{tuner.kind}.where", tuner.where, "one of " + ", ".join(get_args(Where)))
     alone = tuner.where == "all" or tuner.part == "language"
     check(alone, f"{tuner.kind}.where", tuner.where, "all: only the language model sees image and text tokens")
+
+
+@dataclass
+class Slot:
+    """The place of an adapter among several on the same layers.
+
+    Args:
+        index: its number in `Routing.adapter`: it acts on the rows that have it.
+        active: whether it acts on forwards that give rows no adapters of their own.
+    """
+
+    index: int
+    active: bool = False
 
 
 class AdaptedLinear(Attachment):
@@ -55,6 +76,7 @@ class AdaptedLinear(Attachment):
         super().__init__()
         self.base_layer, self.where = base, where
         self.routed: RoutedModel | None = None  # what tells where the image is, if `where` asks for it
+        self.slot: Slot | None = None  # its place in a pool, where it is in one
         self.merged_from: Tensor | None = None  # the base weight as it was before `merge`
 
     @property
@@ -80,6 +102,10 @@ class AdaptedLinear(Attachment):
     @property
     def unmergeable(self) -> str:
         """See `Attachment.unmergeable`."""
+        if is_quantised(self):
+            return "its base lies in 4 or 8 bits, which would round its update away"
+        if self.slot is not None:
+            return "it is in a pool, where rows choose their adapters"
         return "" if self.where == "all" else f"it acts on {self.where} tokens alone"
 
     def forward(self, x: Tensor) -> Tensor:
@@ -87,6 +113,31 @@ class AdaptedLinear(Attachment):
         out: Tensor = self.base_layer(x)
         if not self.enabled or self.merged:
             return out
+        return self._gated(x, out) if self.slot is None else self._on_rows(x, out, self.slot)
+
+    def _on_rows(self, x: Tensor, out: Tensor, slot: Slot) -> Tensor:
+        """The output of a batch whose rows choose their adapters, or else with that of the pool that is active.
+
+        Raises: ModelError M592 if `x` does not have the batch's rows.
+        """
+        routing = find_routing()
+        if routing is None or routing.adapter is None:
+            return self._gated(x, out) if slot.active else out
+        if len(x) != len(routing.adapter):
+            message = f"adapters for {len(routing.adapter)} rows, but a layer got {len(x)}."
+            raise ModelError("M592", message, "name an adapter, or None, for every row of the batch.")
+        rows = routing.rows_of(slot.index)
+        if rows is None:
+            return out
+        if len(rows.numbers) == len(x):
+            return self._gated(x, out)
+        numbers = rows.numbers.to(x.device)
+        with routed(rows.routing):
+            own = self._gated(x.index_select(0, numbers), out.index_select(0, numbers))
+        return out.index_copy(0, numbers, own)
+
+    def _gated(self, x: Tensor, out: Tensor) -> Tensor:
+        """`adapt` at the tokens of `where`, the base's output at all others."""
         adapted = self.adapt(x, out)
         if self.where == "all":
             return adapted
@@ -152,9 +203,9 @@ def selected(routing: Routing, where: Where, values: Tensor) -> Tensor:
 
 def chain(layer: nn.Module) -> Iterator[nn.Module]:
     """A layer, what it wraps, what that wraps, down to the plain one."""
-    while isinstance(layer, AdaptedLinear):
+    while isinstance(layer, Attachment) and layer.wraps_linear:
         yield layer
-        layer = layer.base_layer
+        layer = layer.get_submodule("base_layer")
     yield layer
 
 
@@ -167,11 +218,11 @@ def wrap_linears(
     """
     trained: dict[str, nn.Parameter] = {}
     for path, linear in find_linears(model, parts, tuner.part, tuner.targets).items():
-        if not isinstance(linear, nn.Linear | AdaptedLinear) or linear is parts.projector:
+        if not is_linear(linear) or linear is parts.projector:
             fix = "tune it with a tuner of kind full."
             raise ModelError("M551", f"{path} is a {type(linear).__name__}, which {tuner.kind} cannot wrap.", fix)
         layer = wrap(linear)  # type: ignore[arg-type]
-        if type(layer) is type(linear):
+        if any(type(below) is type(layer) and below.slot is None for below in chain(linear)):
             raise ModelError(
                 "M552", f"{path} already carries an adapter of this kind.", "merge() or remove() it first."
             )

@@ -1,23 +1,33 @@
-"""LoRA (arXiv:2106.09685) and its rank-stabilised scaling (arXiv:2312.03732). Letters: r rank, d_in d_out widths."""
+"""LoRA (arXiv:2106.09685) and what needs no layer of its own: rank-stabilised scaling (rsLoRA, arXiv:2312.03732),
+a faster B (LoRA+, arXiv:2402.12354), a frozen A (LoRA-FA, arXiv:2308.03303), other starts (PiSSA, orthogonal).
+
+Letters: r rank, d_in d_out widths.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vlmpeft.errors import ModelError
 from vlmpeft.parts import Parts
+from vlmpeft.quant_weight import plain_weight
 from vlmpeft.tuners.base import TUNERS, check
 from vlmpeft.tuners.linear import AdaptedLinear, Where, check_where, wrap_linears
+from vlmpeft.tuners.lora_init import orthogonal_, principal
+from vlmpeft.tuners.peft_folder import peft_settings, read_config
 from vlmpeft.tuners.targets import ALL_LINEAR
+
+Init = Literal["default", "pissa", "orthogonal"]
+LORA_WEIGHTS = A_WEIGHT, B_WEIGHT = ("lora_A.weight", "lora_B.weight")
 
 
 class LoRALinear(AdaptedLinear):
@@ -46,9 +56,40 @@ class LoRALinear(AdaptedLinear):
             return torch.addmm(rows, low, self.lora_B.weight.T, alpha=self.scale).view(out.shape)
         return (out + self.lora_B(low) * self.scale).to(out.dtype)
 
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """A (k, d_in) and B (d_out, k) whose product, times the scale, is the weight update; here k = r."""
+        return self.lora_A.weight, self.lora_B.weight
+
     def delta(self) -> Tensor:
         """The weight update scale * B A, (d_out, d_in), fp32."""
-        return (self.lora_B.weight @ self.lora_A.weight) * self.scale
+        a, b = self.factors()
+        return (b @ a) * self.scale
+
+
+class PiSSALinear(LoRALinear):
+    """LoRA that starts at the base's principal part (arXiv:2404.02948): (W - scale B0 A0)(x) + scale * B A dropout(x).
+
+    W - scale B0 A0 is never written down: its two terms are applied one after the other, and the first are the frozen
+    base's. So nothing is rounded, the layer starts as its base bit for bit, and the base stays as it is.
+    """
+
+    def __init__(self, base: nn.Linear, r: int, scale: float, dropout: float) -> None:
+        super().__init__(base, r, scale, dropout)
+        a, b = principal(plain_weight(base), r, scale)
+        self.start_A, self.start_B = nn.Parameter(a, requires_grad=False), nn.Parameter(b, requires_grad=False)
+        with torch.no_grad():
+            self.lora_A.weight.copy_(a)
+            self.lora_B.weight.copy_(b)
+
+    def adapt(self, x: Tensor, out: Tensor) -> Tensor:
+        """See `AdaptedLinear.adapt`."""
+        x = self.in_own_dtype(x)
+        before = F.linear(F.linear(x, self.start_A), self.start_B)
+        return (out + (self.lora_B(self.lora_A(self.dropout(x))) - before) * self.scale).to(out.dtype)
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """See `LoRALinear.factors`; here k = 2 r."""
+        return torch.cat([self.lora_A.weight, self.start_A]), torch.cat([self.lora_B.weight, -self.start_B], 1)
 
 
 @TUNERS.register("lora")
@@ -65,7 +106,11 @@ class LoRA:
         part: the part whose layers are wrapped.
         rslora: scale alpha / sqrt(r) instead of alpha / r.
         where: "all", "visual", "text" or "answer" tokens: at the others the layer stays its base.
+        init: "default" (A Kaiming-uniform, B zero), "pissa" (the base's principal part, taken off the base; saved as a
+            LoRA of rank 2 r on the untouched base) or "orthogonal" (both non-zero, B A zero; the rank is even).
+        freeze_a: LoRA-FA: A keeps its start, so that its input need not be kept for backward.
         lr: learning rate of its own.
+        lr_ratio: LoRA+: B learns so many times faster than A; the paper advises 16.
     """
 
     kind: ClassVar[str] = "lora"
@@ -76,11 +121,17 @@ class LoRA:
     part: str = "language"
     rslora: bool = False
     where: Where = "all"
+    init: Init = "default"
+    freeze_a: bool = False
     lr: float | None = None
+    lr_ratio: float = 1.0
 
     def __post_init__(self) -> None:
         check_where(self)
         check(self.r >= 1, "lora.r", self.r, "an integer of at least 1")
+        check(self.init in get_args(Init), "lora.init", self.init, "one of " + ", ".join(get_args(Init)))
+        check(self.init != "orthogonal" or self.r % 2 == 0, "lora.r", self.r, "an even rank with init=orthogonal")
+        check(0 < self.lr_ratio < math.inf, "lora.lr_ratio", self.lr_ratio, "a number above 0")
         check(0 <= self.dropout < 1, "lora.dropout", self.dropout, "a number in [0, 1)")
         check(self.alpha is None or self.alpha > 0, "lora.alpha", self.alpha, "a number above 0")
         check(self.lr is None or 0 < self.lr <= 1, "lora.lr", self.lr, "a number in (0, 1]")
@@ -97,41 +148,81 @@ class LoRA:
 
     def resolved(self) -> LoRA:
         """The same tuner with alpha written out, so that equal adapters compare equal."""
-        return dataclasses.replace(self, alpha=self.numerator)
+        return dataclasses.replace(self, alpha=self.numerator, lr_ratio=1.0)
 
     def apply(self, model: nn.Module, parts: Parts) -> Mapping[str, nn.Parameter]:
-        """Wrap the target layers. Returns: A and B of each, by name."""
-        return wrap_linears(model, parts, self, lambda base: LoRALinear(base, self.r, self.scale, self.dropout))
+        """Wrap the target layers. Returns: what trains of A and B of each, by name."""
+        found = wrap_linears(model, parts, self, self._layer)
+        trained = (B_WEIGHT,) if self.freeze_a else (A_WEIGHT, B_WEIGHT)
+        return {name: p for name, p in found.items() if name.endswith(trained)}
+
+    def _layer(self, base: nn.Linear) -> LoRALinear:
+        kind = PiSSALinear if self.init == "pissa" else LoRALinear
+        layer = kind(base, self.r, self.scale, self.dropout)
+        if self.init == "orthogonal":
+            orthogonal_(layer.lora_A.weight, layer.lora_B.weight)
+        layer.lora_A.requires_grad_(not self.freeze_a)
+        return layer
+
+    def lr_factors(self, names: Iterable[str]) -> Mapping[str, float]:
+        """See `HasLrFactors`."""
+        return {name: self.lr_ratio for name in names if name.endswith(B_WEIGHT)}
 
     @property
     def in_peft(self) -> bool:
         """`peft` acts on every token."""
         return self.where == "all"
 
+    @property
+    def _written(self) -> tuple[int, float]:
+        """Rank and alpha of the file: one of PiSSA holds the start, too, and means the same scale."""
+        if self.init != "pissa":
+            return self.r, self.numerator
+        return 2 * self.r, self.numerator * (math.sqrt(2) if self.rslora else 2)
+
     def check_peft(self, folder: Path) -> None:
         """Raise unless an adapter folder was trained with this rank and scale: equal shapes do not tell."""
         config = read_adapter_config(folder)
         found = (config["r"], float(config["lora_alpha"]), bool(config.get("use_rslora")))
-        if found != (self.r, self.numerator, self.rslora):
-            ours = f"{self.r}, {self.numerator:g}, {self.rslora}"
+        r, alpha = self._written
+        if found != (r, alpha, self.rslora):
+            ours = f"{r}, {alpha:g}, {self.rslora}"
             theirs = f"{folder} has r, alpha, rslora = {found[0]}, {found[1]:g}, {found[2]}"
             fix = "apply the tuner it was trained with, or lora_from_peft(directory)."
             raise ModelError("M502", f"{theirs}; the tuner here has {ours}.", fix)
 
     def peft_config(self, base: str, targets: list[str]) -> dict[str, Any]:
         """See `PeftForm.peft_config`."""
-        return {
-            "peft_type": "LORA",
-            "task_type": "CAUSAL_LM" if self.part in ("language", "lm_head") else None,
-            "base_model_name_or_path": base,
-            "r": self.r,
-            "lora_alpha": self.numerator,
-            "lora_dropout": self.dropout,
-            "use_rslora": self.rslora,
-            "target_modules": targets,
-            "bias": "none",
-            "inference_mode": True,
-        }
+        r, alpha = self._written
+        options = {"r": r, "lora_alpha": alpha, "lora_dropout": self.dropout, "use_rslora": self.rslora}
+        return peft_settings("LORA", self.part, base, targets, **options)
+
+    def to_peft(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """See `PeftTensors`: the start of PiSSA goes behind A and B, its B negative, as a LoRA of rank 2 r."""
+        return {name: _joined(name, tensor, tensors) for name, tensor in tensors.items() if name.endswith(LORA_WEIGHTS)}
+
+    def from_peft(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The inverse of `to_peft`."""
+        if self.init != "pissa":
+            return dict(tensors)
+        found: dict[str, Tensor] = {}
+        for name, tensor in tensors.items():
+            path = name.rsplit(".", 2)[0]
+            if name.endswith(A_WEIGHT):
+                found |= {name: tensor[: self.r], f"{path}.start_A": tensor[self.r :]}
+            else:
+                found |= {name: tensor[:, : self.r], f"{path}.start_B": -tensor[:, self.r :]}
+        return found
+
+
+def _joined(name: str, tensor: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
+    """A or B of a layer with its start, if it has one."""
+    path = name.rsplit(".", 2)[0]
+    if f"{path}.start_A" not in tensors:
+        return tensor
+    if name.endswith(A_WEIGHT):
+        return torch.cat([tensor, tensors[f"{path}.start_A"]])
+    return torch.cat([tensor, -tensors[f"{path}.start_B"]], 1)
 
 
 def lora_from_peft(directory: Path, part: str = "language") -> LoRA:
@@ -152,28 +243,5 @@ def lora_from_peft(directory: Path, part: str = "language") -> LoRA:
 
 
 def read_adapter_config(directory: Path) -> dict[str, Any]:
-    """adapter_config.json of a PEFT folder that describes plain LoRA.
-
-    Raises: ModelError M502 if it is missing or damaged, M554 for settings that change the mathematics.
-    """
-    path = directory / "adapter_config.json"
-    try:
-        config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ModelError("M502", f"{path} cannot be read: {error}.", "check the directory.") from error
-    if not isinstance(config, dict) or not all(isinstance(config.get(k), int | float) for k in ("r", "lora_alpha")):
-        raise ModelError("M502", f"{path} gives no numbers r and lora_alpha.", "check the directory.")
-    if config.get("peft_type") != "LORA":
-        raise ModelError("M554", f"{path} describes {config.get('peft_type')!r}, not LORA.")
-    for key in _NOT_OURS:
-        if config.get(key) and config[key] != "none":
-            raise ModelError("M554", f"{path} sets {key}={config[key]!r}, which tuner lora does not have.")
-    return config
-
-
-_NOT_OURS = (
-    "alora_invocation_tokens", "alpha_pattern", "arrow_config", "bias", "fan_in_fan_out", "kasa_config",
-    "layer_replication", "lora_bias", "modules_to_save", "monteclora_config", "rank_pattern", "target_parameters",
-    "trainable_token_indices", "use_bdlora", "use_dora", "use_qalora", "velora_config",
-)  # fmt: skip
-"""Keys of peft's LoraConfig that change what the adapter computes or what its file holds."""
+    """adapter_config.json of a PEFT folder that describes plain LoRA. Raises: ModelError M502, M554."""
+    return read_config(directory, "LORA", numbers=("r", "lora_alpha"))

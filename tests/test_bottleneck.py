@@ -1,0 +1,243 @@
+"""Bottleneck adapters against their closed form, written out around the modules of Hugging Face's own blocks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import changed, hf_inputs, hf_llava, our_inputs, our_vlm, randomise, state_of
+from torch import Tensor, nn
+
+from vlmpeft import tune
+from vlmpeft.errors import ConfigError, ModelError
+from vlmpeft.parts import parts_of
+from vlmpeft.tuners import BottleneckAdapter, LoRA
+from vlmpeft.tuners.bottleneck import Bottleneck, parameter_count
+
+D, K = 32, 6
+
+
+def logits(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+    with torch.no_grad():
+        out: Tensor = model(**inputs).logits
+    return out
+
+
+def make(kind: str, language_dir: Path) -> tuple[Any, dict[str, Tensor]]:
+    return (our_vlm(language_dir), our_inputs()) if kind == "ours" else (hf_llava(), hf_inputs())
+
+
+KINDS = pytest.mark.parametrize("kind", ["ours", "hf"])
+
+
+class Block(nn.Module):
+    """A pre-norm block: h + attention(norm(h)), then h + mlp(norm(h)); its attention returns a tuple."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm_1, self.norm_2 = nn.LayerNorm(D), nn.LayerNorm(D)
+        self.self_attn, self.mlp = Pair(), nn.Linear(D, D)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        hidden = hidden + self.self_attn(hidden=self.norm_1(hidden))[0]
+        return hidden + self.mlp(self.norm_2(hidden))
+
+
+class Pair(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.o_proj = nn.Linear(D, D)
+
+    def forward(self, hidden: Tensor) -> tuple[Tensor, str]:
+        return self.o_proj(hidden), "weights"
+
+
+@pytest.mark.parametrize("activation", ["relu", "gelu"])
+@pytest.mark.parametrize("placement", ["houlsby", "pfeiffer"])
+def test_a_block_gives_the_closed_form_and_its_gradients(activation: Any, placement: Any) -> None:
+    torch.manual_seed(0)
+    model = hf_llava()
+    block = model.model.language_model.layers[0] = Block()
+    tuned = tune(model, [BottleneckAdapter(K, placement, activation)])
+    randomise(tuned.trainable())
+    x = torch.randn(2, 5, D)
+    act = {"relu": torch.relu, "gelu": nn.functional.gelu}[activation]
+
+    def adapted(module: Any, hidden: Tensor) -> Tensor:
+        if not isinstance(module, Bottleneck):
+            return hidden
+        inner = act(hidden @ module.down.weight.T + module.down.bias)
+        return hidden + inner @ module.up.weight.T + module.up.bias
+
+    def closed(hidden: Tensor) -> Tensor:
+        attention = block.self_attn.base_layer if placement == "houlsby" else block.self_attn
+        hidden = hidden + adapted(block.self_attn, attention.o_proj(block.norm_1(hidden)))
+        return hidden + adapted(block.mlp, block.mlp.base_layer(block.norm_2(hidden)))
+
+    parameters = [p for name, p in tuned.trainable().items() if ".layers.0." in name]
+    assert len(parameters) == (8 if placement == "houlsby" else 4)
+    results = []
+    for function in (block, closed):
+        out = function(x)
+        weights = torch.linspace(-1, 1, out.numel()).view(out.shape)
+        results.append([out, *torch.autograd.grad((out * weights).sum(), parameters)])
+    for mine, other in zip(*results, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-5)
+    if placement == "houlsby":
+        assert block.self_attn(hidden=x)[1] == "weights"
+
+
+@KINDS
+@pytest.mark.parametrize("where", ["all", "visual", "answer"])
+@pytest.mark.parametrize("placement", ["houlsby", "pfeiffer"])
+def test_it_starts_as_the_untouched_model_and_leaves_it_bit_for_bit(
+    kind: str, where: Any, placement: Any, language_dir: Path
+) -> None:
+    model, inputs = make(kind, language_dir)
+    state, before = state_of(model), logits(model, inputs)
+    tuned = tune(model, [BottleneckAdapter(K, placement, where=where)])
+    assert logits(model, inputs).equal(before)
+    randomise(tuned.trainable())
+    assert not logits(model, inputs).equal(before)
+    with tuned.disable():
+        assert logits(model, inputs).equal(before)
+    tuned.remove()
+    assert not changed(state, model)
+    assert logits(model, inputs).equal(before)
+
+
+@KINDS
+@pytest.mark.parametrize(("placement", "modules"), [("houlsby", 4), ("pfeiffer", 2)])
+def test_what_it_trains_is_what_the_formula_says(kind: str, placement: Any, modules: int, language_dir: Path) -> None:
+    model, _ = make(kind, language_dir)
+    tuned = tune(model, [BottleneckAdapter(K, placement)])
+    assert sum(p.numel() for p in tuned.trainable().values()) == parameter_count(D, K, modules)
+    assert parameter_count(D, K, modules) == modules * (2 * D * K + D + K)
+
+
+@KINDS
+@pytest.mark.parametrize("where", ["visual", "text", "answer"])
+def test_at_tokens_it_is_not_for_a_module_gives_what_the_base_gives(kind: str, where: Any, language_dir: Path) -> None:
+    model, inputs = make(kind, language_dir)
+    tuned = tune(model, [BottleneckAdapter(K, where=where)])
+    randomise(tuned.trainable())
+    seen: list[Tensor] = []
+    mlp = parts_of(model).blocks[0].mlp
+    mlp.register_forward_hook(lambda m, args, out: seen.extend((out, m.base_layer(*args))))
+    logits(model, inputs)
+    image = model.parts.image_token_id if kind == "ours" else model.config.image_token_id
+    visual = inputs["input_ids"] == image
+    expected = {"visual": visual, "text": ~visual, "answer": inputs["labels"] != -100}[where]
+    assert (seen[0] != seen[1]).any(-1).equal(expected)
+
+
+@KINDS
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("where", ["all", "visual"])
+def test_checkpointed_gradients_are_those_without(kind: str, reentrant: bool, where: Any, language_dir: Path) -> None:
+    gradients = []
+    for checkpoint in (False, True):
+        model, inputs = make(kind, language_dir)
+        tuned = tune(model, [BottleneckAdapter(K, where=where)])
+        randomise(tuned.trainable())
+        if checkpoint:
+            language = model.language if kind == "ours" else model
+            language.enable_input_require_grads()
+            language.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        model.train()
+        model(**inputs).loss.backward()
+        gradients.append({name: p.grad for name, p in tuned.trainable().items()})
+    assert all(gradient is not None for gradient in gradients[0].values())
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradient, gradients[1][name], rtol=1e-6, atol=1e-6)
+
+
+def test_generation_with_a_cache_equals_that_without() -> None:
+    model, inputs = hf_llava(), {k: v for k, v in hf_inputs().items() if k != "labels"}
+    randomise(tune(model, [BottleneckAdapter(K, where="text")]).trainable())
+    fixed = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    cached = model.generate(**inputs, **fixed)
+    assert model.generate(**inputs, **fixed, use_cache=False).equal(cached)
+
+
+@KINDS
+@pytest.mark.parametrize("order", [("lora", "bottleneck"), ("bottleneck", "lora")])
+def test_it_stands_with_lora_in_either_order(kind: str, order: tuple[str, str], language_dir: Path) -> None:
+    model, inputs = make(kind, language_dir)
+    state = state_of(model)
+    every: dict[str, Any] = {"lora": LoRA(2), "bottleneck": BottleneckAdapter(K)}
+    tuned = tune(model, {name: every[name] for name in order})
+    assert sum("lora_A" in name for name in tuned.trainable()) == 14  # every linear of the blocks, none of the adapters
+    randomise({name: tuned.trainable()[name] for name in sorted(tuned.trainable())})
+    logits(model, inputs)
+    tuned.remove()
+    assert not changed(state, model)
+
+
+def test_it_acts_on_the_vision_tower() -> None:
+    model, inputs = hf_llava(), hf_inputs()
+    before = logits(model, inputs)
+    tuned = tune(model, [BottleneckAdapter(K, part="vision")])
+    assert sum(p.numel() for p in tuned.trainable().values()) == parameter_count(16, K, 4)
+    assert logits(model, inputs).equal(before)
+    randomise(tuned.trainable())
+    assert not logits(model, inputs).equal(before)
+
+
+@KINDS
+def test_saved_and_read_it_is_the_same(kind: str, language_dir: Path, tmp_path: Path) -> None:
+    model, inputs = make(kind, language_dir)
+    tuned = tune(model, [BottleneckAdapter(K)])
+    randomise(tuned.trainable())
+    tuned.save(tmp_path)
+    again, _ = make(kind, language_dir)
+    tune(again, [BottleneckAdapter(K)]).load(tmp_path)
+    assert logits(again, inputs).equal(logits(model, inputs))
+
+
+def test_on_a_bf16_model_it_stays_fp32(language_dir: Path) -> None:
+    model, inputs = our_vlm(language_dir, torch.bfloat16), our_inputs()
+    inputs["pixel_values"] = inputs["pixel_values"].bfloat16()
+    before = logits(model, inputs)
+    tuned = tune(model, [BottleneckAdapter(K)])
+    assert {p.dtype for p in tuned.trainable().values()} == {torch.float32}
+    assert logits(model, inputs).equal(before)
+    randomise(tuned.trainable())
+    model(**inputs).loss.backward()
+    assert all(p.grad is not None for p in tuned.trainable().values())
+
+
+def test_what_cannot_be_done_is_said() -> None:
+    model = hf_llava()
+    tuned = tune(model, [BottleneckAdapter(K)])
+    with pytest.raises(ModelError, match=r"M556.*cannot be merged: its activation"):
+        tuned.merge()
+    with pytest.raises(ModelError, match=r"M552.*already carries"):
+        tune(model, [BottleneckAdapter(K)])
+    with pytest.raises(ModelError, match=r"M550.*no block in projector"):
+        tune(hf_llava(), [BottleneckAdapter(K, part="projector")])
+    for options, key in (
+        ({"dim": 0}, "dim"),
+        ({"placement": "both"}, "placement"),
+        ({"activation": "tanh"}, "activation"),
+    ):
+        with pytest.raises(ConfigError, match=f"bottleneck.{key}"):
+            BottleneckAdapter(**options)
+
+
+def test_a_module_that_adds_the_residual_itself_is_refused() -> None:
+    class Residual(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.dense = nn.Linear(D, D)
+
+        def forward(self, hidden: Tensor, residual: Tensor) -> Tensor:
+            return residual + self.dense(hidden)
+
+    model = hf_llava()
+    model.model.language_model.layers[1].mlp = Residual()
+    with pytest.raises(ModelError, match=r"M551.*layers.1.mlp adds to the residual stream by itself"):
+        tune(model, [BottleneckAdapter(K)])
+    assert not any(isinstance(m, Bottleneck) for m in model.modules())

@@ -1,0 +1,256 @@
+"""IA3 against peft: the same vectors give the same outputs and gradients, and one folder serves both."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import IA3Config, PeftModel, get_peft_model, inject_adapter_in_model
+from tiny_models import changed, hf_inputs, hf_llava, our_inputs, our_vlm, randomise, state_of
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+from vlmpeft import tune
+from vlmpeft.errors import ConfigError, ModelError
+from vlmpeft.optim import parameter_groups
+from vlmpeft.parts import parts_of
+from vlmpeft.tuners import IA3, LoRA
+from vlmpeft.tuners.ia3 import IA3Linear
+
+D_IN, D_OUT = 24, 40
+
+
+def logits(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+    with torch.no_grad():
+        out: Tensor = model(**{k: v for k, v in inputs.items() if k != "labels"}).logits
+    return out
+
+
+def make(kind: str, language_dir: Path) -> tuple[Any, dict[str, Tensor]]:
+    return (our_vlm(language_dir), our_inputs()) if kind == "ours" else (hf_llava(), hf_inputs())
+
+
+KINDS = pytest.mark.parametrize("kind", ["ours", "hf"])
+
+
+def base_linear(dtype: torch.dtype) -> nn.Linear:
+    torch.manual_seed(0)
+    return nn.Linear(D_IN, D_OUT).to(dtype).requires_grad_(False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("feedforward", [False, True])
+def test_matches_peft_outputs_gradients_and_merged_weights(feedforward: bool, dtype: torch.dtype) -> None:
+    ours = IA3Linear(base_linear(dtype), feedforward)
+    config = IA3Config(target_modules=["0"], feedforward_modules=["0"] if feedforward else [])
+    theirs = inject_adapter_in_model(config, nn.Sequential(base_linear(dtype)))[0]
+    randomise({"l": ours.ia3_l})
+    theirs.ia3_l["default"].data = ours.ia3_l.detach().clone()
+    results = []
+    for layer, vector in ((ours, ours.ia3_l), (theirs, theirs.ia3_l["default"])):
+        torch.manual_seed(2)
+        x = torch.randn(2, 5, D_IN).to(dtype).requires_grad_(True)
+        out = layer(x)
+        weights = torch.linspace(-1, 1, out.numel()).view(out.shape)
+        results.append([out, *torch.autograd.grad((out.float() * weights).sum(), (x, vector))])
+    for mine, other in zip(*results, strict=True):
+        assert mine.dtype == other.dtype
+        assert (mine - other).abs().max() <= 1e-5 * max(1.0, other.abs().max().item())
+    ours.merge()
+    theirs.merge()
+    tolerance = 1e-6 if dtype == torch.float32 else 1e-2  # in bf16 the two round in another order
+    assert torch.allclose(ours.base_layer.weight, theirs.base_layer.weight, atol=tolerance)
+    assert torch.allclose(ours.base_layer.bias, theirs.base_layer.bias, atol=tolerance)
+
+
+@KINDS
+@pytest.mark.parametrize("where", ["all", "visual", "answer"])
+def test_it_starts_as_the_untouched_model_and_leaves_it_bit_for_bit(kind: str, where: Any, language_dir: Path) -> None:
+    model, inputs = make(kind, language_dir)
+    with torch.no_grad():
+        state, before = state_of(model), model(**inputs).logits
+        tuned = tune(model, [IA3(where=where)])
+        assert model(**inputs).logits.equal(before)
+        randomise(tuned.trainable())
+        assert not model(**inputs).logits.equal(before)
+        with tuned.disable():
+            assert model(**inputs).logits.equal(before)
+    tuned.remove()
+    assert not changed(state, model)
+
+
+@KINDS
+def test_what_it_trains_is_what_the_formula_says(kind: str, language_dir: Path) -> None:
+    model, _ = make(kind, language_dir)
+    tuned = tune(model, [IA3()])
+    width = 64 if kind == "ours" else 48
+    assert sum(p.numel() for p in tuned.trainable().values()) == 2 * (16 + 16 + width)  # blocks * (k + v + ffn)
+
+
+def test_weight_decay_does_not_pull_the_vectors_to_zero() -> None:
+    groups = parameter_groups(tune(hf_llava(), [IA3()]), 1e-4, 0.1)
+    assert [(g["weight_decay"], g["peak_lr"], len(g["params"])) for g in groups] == [(0.0, 3e-3, 6)]
+
+
+def test_on_llama_3_2_1b_it_trains_147456() -> None:
+    blocks = nn.ModuleList(
+        nn.ModuleDict(
+            {"k_proj": nn.Linear(2048, 512), "v_proj": nn.Linear(2048, 512), "down_proj": nn.Linear(8192, 2048)}
+        )
+        for _ in range(16)
+    ).to("meta")
+    model = hf_llava()
+    model.model.language_model.layers = blocks
+    assert sum(p.numel() for p in tune(model, [IA3()]).trainable().values()) == 147_456
+
+
+@KINDS
+@pytest.mark.parametrize("where", ["visual", "text", "answer"])
+@pytest.mark.parametrize("target", ["k_proj", "down_proj"])
+def test_at_tokens_it_is_not_for_a_layer_gives_what_the_base_gives(
+    kind: str, where: Any, target: str, language_dir: Path
+) -> None:
+    model, inputs = make(kind, language_dir)
+    feedforward = ("down_proj",) if target == "down_proj" else ()
+    tuned = tune(model, [IA3((target,), feedforward, where=where)])
+    randomise(tuned.trainable())
+    layer = next(m for m in parts_of(model).blocks[0].modules() if isinstance(m, IA3Linear))
+    seen: list[Tensor] = []
+    layer.register_forward_hook(lambda m, args, out: seen.extend((out, m.base_layer(*args))))
+    with torch.no_grad():
+        model(**inputs)
+    differs = (seen[0] != seen[1]).any(-1)
+    image = model.parts.image_token_id if kind == "ours" else model.config.image_token_id
+    visual = inputs["input_ids"] == image
+    expected = {"visual": visual, "text": ~visual, "answer": inputs["labels"] != -100}[where]
+    assert differs.equal(expected)
+
+
+@KINDS
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("where", ["all", "visual"])
+def test_checkpointed_gradients_are_those_without(kind: str, reentrant: bool, where: Any, language_dir: Path) -> None:
+    gradients = []
+    for checkpoint in (False, True):
+        model, inputs = make(kind, language_dir)
+        tuned = tune(model, [IA3(where=where)])
+        randomise(tuned.trainable())
+        if checkpoint:
+            language = model.language if kind == "ours" else model
+            language.enable_input_require_grads()
+            language.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        model.train()
+        model(**inputs).loss.backward()
+        gradients.append({name: p.grad for name, p in tuned.trainable().items()})
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradient, gradients[1][name], rtol=1e-6, atol=1e-6)
+
+
+@KINDS
+def test_merged_it_gives_the_same_and_unmerged_the_old_bytes(kind: str, language_dir: Path) -> None:
+    model, inputs = make(kind, language_dir)
+    tuned = tune(model, [IA3()])
+    randomise(tuned.trainable())
+    state, adapted = state_of(model), logits(model, inputs)
+    tuned.merge()
+    assert changed(state, model)
+    assert (logits(model, inputs) - adapted).abs().max() <= 1e-5
+    tuned.unmerge()
+    assert not changed(state, model)
+
+
+def test_a_bias_is_merged_and_comes_back(language_dir: Path) -> None:
+    model, inputs = make("hf", language_dir)
+    tuned = tune(model, [IA3(("q_proj", "fc2"), ("fc2",), part="vision")])
+    randomise(tuned.trainable())
+    state, adapted = state_of(model), logits(model, inputs)
+    tuned.merge()
+    assert (logits(model, inputs) - adapted).abs().max() <= 1e-5
+    tuned.unmerge()
+    assert not changed(state, model)
+    tuned.merge_and_unload()
+    assert (logits(model, inputs) - adapted).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("order", [("ia3", "lora"), ("lora", "ia3")])
+def test_with_lora_on_the_same_layers_it_merges_in_the_order_it_acts(order: tuple[str, str]) -> None:
+    model, inputs = hf_llava(), hf_inputs()
+    base = state_of(model)
+    every = {"ia3": IA3(), "lora": LoRA(2)}
+    tuned = tune(model, {name: every[name] for name in order})
+    randomise(tuned.trainable())
+    state, adapted = state_of(model), logits(model, inputs)
+    tuned.merge()
+    assert (logits(model, inputs) - adapted).abs().max() <= 1e-5
+    tuned.unmerge()
+    assert not changed(state, model)
+    tuned.merge()
+    tuned.remove()
+    assert not changed(base, model)
+
+
+def test_its_folder_loads_in_stock_peft(language_dir: Path, tmp_path: Path) -> None:
+    model = our_vlm(language_dir)
+    tuned = tune(model, [IA3()])
+    randomise(tuned.trainable())
+    tuned.save(tmp_path)
+    bare = AutoModelForCausalLM.from_pretrained(language_dir).eval()
+    theirs = PeftModel.from_pretrained(bare, tmp_path / "adapters" / "ia3").eval()
+    ids = {"input_ids": torch.arange(10, 30).view(2, 10)}
+    assert (logits(theirs, ids) - logits(model, ids)).abs().max() <= 1e-5
+    assert not torch.allclose(logits(theirs, ids), logits(our_vlm(language_dir), ids), atol=1e-3)
+
+
+def test_pefts_folder_loads_here(language_dir: Path, tmp_path: Path) -> None:
+    names = ["k_proj", "v_proj", "down_proj"]
+    config = IA3Config(target_modules=names, feedforward_modules=["down_proj"])
+    theirs = get_peft_model(AutoModelForCausalLM.from_pretrained(language_dir), config).eval()
+    randomise({n: p for n, p in theirs.named_parameters() if "ia3_" in n})
+    theirs.save_pretrained(tmp_path)
+    model = our_vlm(language_dir)
+    tune(model, [IA3()]).load(tmp_path)
+    ids = {"input_ids": torch.arange(10, 30).view(2, 10)}
+    assert (logits(theirs, ids) - logits(model, ids)).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize(
+    ("change", "code"),
+    [
+        ({"peft_type": "LORA"}, "M554"), ({"feedforward_modules": ".*down.*"}, "M554"),
+        ({"fan_in_fan_out": True}, "M554"), ({"feedforward_modules": []}, "M502"),
+    ],
+)  # fmt: skip
+def test_a_folder_that_means_something_else_is_refused(
+    change: dict[str, Any], code: str, language_dir: Path, tmp_path: Path
+) -> None:
+    tuned = tune(our_vlm(language_dir), [IA3()])
+    tuned.save(tmp_path)
+    file = tmp_path / "adapters" / "ia3" / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
+    with pytest.raises(ModelError, match=code):
+        tuned.load(tmp_path)
+
+
+def test_a_gated_one_is_saved_and_read_without_peft(language_dir: Path, tmp_path: Path) -> None:
+    model, inputs = make("ours", language_dir)
+    tuned = tune(model, [IA3(where="visual")])
+    randomise(tuned.trainable())
+    tuned.save(tmp_path)
+    assert not (tmp_path / "adapters").exists()
+    again = our_vlm(language_dir)
+    tune(again, [IA3(where="visual")]).load(tmp_path)
+    assert logits(again, inputs).equal(logits(model, inputs))
+
+
+def test_wrong_options_are_named() -> None:
+    with pytest.raises(ConfigError, match=r"ia3.feedforward=\('fc2',\).*among ia3.targets"):
+        IA3(feedforward=("fc2",))
+    with pytest.raises(ConfigError, match=r"ia3.where"):
+        IA3(where="visual", part="vision")
+    with pytest.raises(ConfigError, match=r"ia3.lr"):
+        IA3(lr=2.0)
+    with pytest.raises(ModelError, match=r"M550.*k_prj.*did you mean 'k_proj'"):
+        tune(hf_llava(), [IA3(("k_prj",), ())])

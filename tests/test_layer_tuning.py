@@ -1,0 +1,134 @@
+"""Layer tuning: exactly the weights of the named blocks, as if they were trained in place."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import changed, hf_inputs, hf_llava, our_inputs, our_vlm, randomise, state_of
+from torch import Tensor, nn
+
+from vlmpeft import tune
+from vlmpeft.errors import ConfigError, ModelError
+from vlmpeft.parts import parts_of
+from vlmpeft.tuners import LayerTuning, LoRA, NormTuning
+from vlmpeft.tuners.layers import which_blocks
+
+
+def logits(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+    with torch.no_grad():
+        out: Tensor = model(**inputs).logits
+    return out
+
+
+def make(kind: str, language_dir: Path) -> tuple[Any, dict[str, Tensor]]:
+    return (our_vlm(language_dir), our_inputs()) if kind == "ours" else (hf_llava(), hf_inputs())
+
+
+KINDS = pytest.mark.parametrize("kind", ["ours", "hf"])
+
+
+@pytest.mark.parametrize(
+    ("which", "expected"),
+    [
+        ("last:1", [7]), ("last:3", [5, 6, 7]), ("last:8", list(range(8))), ("first_last:1,1", [0, 7]),
+        ("first_last:2,1", [0, 1, 7]), ("every:1", list(range(8))), ("every:3", [0, 3, 6]), ("every:9", [0]),
+        ((3, 1, -1, 3), [1, 3, 7]),
+    ],
+)  # fmt: skip
+def test_blocks_are_named_in_a_word(which: Any, expected: list[int]) -> None:
+    assert which_blocks(which, 8) == expected
+
+
+@pytest.mark.parametrize("which", ["", "all", "last:0", "last:", "last:1,2", "first_last:1", "every:-1", ()])
+def test_other_words_are_refused(which: Any) -> None:
+    with pytest.raises(ConfigError, match=r"C102.*layers.which"):
+        LayerTuning(which)
+
+
+@pytest.mark.parametrize("which", ["last:3", "first_last:3,1", (0, 2), (-3,)])
+def test_blocks_that_are_not_there_are_refused(which: Any) -> None:
+    with pytest.raises(ConfigError, match=r"C102.*blocks 0 to 1, which the model has"):
+        tune(hf_llava(), [LayerTuning(which)])
+
+
+@KINDS
+def test_it_starts_as_the_untouched_model_and_leaves_it_bit_for_bit(kind: str, language_dir: Path) -> None:
+    model, inputs = make(kind, language_dir)
+    state, before = state_of(model), logits(model, inputs)
+    weights = sum(p.numel() for p in parts_of(model).blocks[1].parameters())
+    tuned = tune(model, [LayerTuning("last:1")])
+    assert all(".layers.1." in name for name in tuned.trainable())
+    assert sum(p.numel() for p in tuned.trainable().values()) == weights
+    assert logits(model, inputs).equal(before)
+    randomise(tuned.trainable())
+    assert not logits(model, inputs).equal(before)
+    with tuned.disable():
+        assert logits(model, inputs).equal(before)
+    tuned.remove()
+    assert not changed(state, model)
+
+
+@KINDS
+def test_one_step_gives_what_training_the_block_in_place_gives(kind: str, language_dir: Path) -> None:
+    ours, inputs = make(kind, language_dir)
+    theirs, _ = make(kind, language_dir)
+    tuned = tune(ours, [LayerTuning((0,))])
+    theirs.requires_grad_(False)
+    block = parts_of(theirs).blocks[0].requires_grad_(True)
+    for model, parameters in ((ours, tuned.trainable().values()), (theirs, block.parameters())):
+        optimizer = torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.1)
+        for _ in range(2):
+            model(**inputs).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    tuned.merge_and_unload()
+    assert not changed(state_of(theirs), ours)
+
+
+@KINDS
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointed_gradients_are_those_without(kind: str, reentrant: bool, language_dir: Path) -> None:
+    gradients = []
+    for checkpoint in (False, True):
+        model, inputs = make(kind, language_dir)
+        tuned = tune(model, [LayerTuning("first_last:1,1")])
+        if checkpoint:
+            language = model.language if kind == "ours" else model
+            language.enable_input_require_grads()
+            language.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        model.train()
+        model(**inputs).loss.backward()
+        gradients.append({name: p.grad for name, p in tuned.trainable().items()})
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradient, gradients[1][name], rtol=1e-6, atol=1e-6)
+
+
+def test_on_a_bf16_model_it_trains_fp32_copies_and_saves_them(language_dir: Path, tmp_path: Path) -> None:
+    model, inputs = our_vlm(language_dir, torch.bfloat16), our_inputs()
+    inputs["pixel_values"] = inputs["pixel_values"].bfloat16()
+    before = logits(model, inputs)
+    tuned = tune(model, [LayerTuning("last:1")])
+    assert logits(model, inputs).equal(before)
+    model(**inputs).loss.backward()
+    assert {p.grad.dtype for p in tuned.trainable().values()} == {torch.float32}
+    randomise(tuned.trainable())
+    tuned.save(tmp_path)
+    again = our_vlm(language_dir, torch.bfloat16)
+    found = tune(again, [LayerTuning("last:1")])
+    found.load(tmp_path)
+    assert all(p.equal(tuned.trainable()[name]) for name, p in found.trainable().items())
+    assert logits(again, inputs).equal(logits(model, inputs))
+
+
+def test_norms_that_a_block_trains_already_are_a_conflict_and_lora_on_top_is_not(language_dir: Path) -> None:
+    with pytest.raises(ModelError, match=r"M552.*another tuner trains weights of .*layers.1.input_layernorm"):
+        tune(hf_llava(), [LayerTuning("last:1"), NormTuning()])
+    model, inputs = make("ours", language_dir)
+    tuned = tune(model, [LayerTuning("last:1"), LoRA(2)])
+    randomise(tuned.trainable())
+    adapted = logits(model, inputs)
+    tuned.merge()
+    assert (logits(model, inputs) - adapted).abs().max() <= 1e-5

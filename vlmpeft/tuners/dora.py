@@ -1,0 +1,134 @@
+"""DoRA (arXiv:2402.09353): the direction of a weight learns as in LoRA, its magnitude by itself.
+
+Letters: r rank, d_in d_out widths.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from vlmpeft.parts import Parts
+from vlmpeft.quant_weight import plain_weight
+from vlmpeft.tuners.base import TUNERS, check
+from vlmpeft.tuners.linear import AdaptedLinear, Where, check_where, wrap_linears
+from vlmpeft.tuners.peft_folder import check_settings, peft_settings
+from vlmpeft.tuners.targets import ALL_LINEAR
+
+
+class DoRALinear(AdaptedLinear):
+    """m * (W + scale B A) x / |W + scale B A| + bias, with the norm that of each row, (d_out,), and m learned.
+
+    As the paper's section 4.3 has it, the norm is a constant to the gradient. Under dropout all of the update, W's part
+    included, sees the dropped input, as in the reference.
+    """
+
+    def __init__(self, base: nn.Linear, r: int, scale: float, dropout: float) -> None:
+        super().__init__(base)
+        device = base.weight.device
+        self.lora_A = nn.Linear(base.in_features, r, bias=False, device=device, dtype=torch.float32)
+        self.lora_B = nn.Linear(r, base.out_features, bias=False, device=device, dtype=torch.float32)
+        nn.init.kaiming_uniform_(self.lora_A.weight, a=math.sqrt(5))
+        nn.init.zeros_(self.lora_B.weight)
+        self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
+        self.scale = scale
+        self.lora_magnitude_vector = nn.Parameter(self.norm())
+        self.train(base.training)
+
+    @torch.no_grad()
+    def norm(self) -> Tensor:
+        """Norms of the rows of W + scale B A, (d_out,), fp32, without a (d_out, d_in) product.
+
+        |w + s b A|^2 = |w|^2 + 2 s b (A w) + s^2 b (A A^T) b^T for a row w of W and its row b of B.
+        """
+        a, b = self.lora_A.weight, self.lora_B.weight * self.scale
+        with torch.autocast(a.device.type, enabled=False):
+            weight = plain_weight(self).float()
+            crossed = (b * (weight @ a.T)).sum(1)
+            squared = weight.square().sum(1) + 2 * crossed + (b @ (a @ a.T) * b).sum(1)
+        return squared.clamp_min(torch.finfo(torch.float32).tiny).sqrt()  # a row of zeros stays one
+
+    def adapt(self, x: Tensor, out: Tensor) -> Tensor:
+        """See `AdaptedLinear.adapt`."""
+        seen = self.dropout(x)
+        turned = out if seen is x else self.base_layer(seen)  # (..., d_out)
+        if self.base_layer.bias is not None:
+            turned = turned - self.base_layer.bias
+        ratio = self.lora_magnitude_vector / self.norm()
+        update = self.lora_B(self.lora_A(self.in_own_dtype(seen))) * self.scale
+        return (out + (ratio - 1) * turned + ratio * update).to(out.dtype)
+
+    def delta(self) -> Tensor:
+        """What merging adds to the base weight, (d_out, d_in), fp32."""
+        ratio = (self.lora_magnitude_vector / self.norm())[:, None]
+        return (ratio - 1) * plain_weight(self) + ratio * self.scale * (self.lora_B.weight @ self.lora_A.weight)
+
+
+@TUNERS.register("dora")
+@dataclass(frozen=True)
+class DoRA:
+    """Low-rank adapters of the weights' directions, and their magnitudes.
+
+    Args:
+        r, alpha, dropout, targets, part, rslora, where: as LoRA's.
+        lr: learning rate of its own.
+    """
+
+    kind: ClassVar[str] = "dora"
+    r: int = 16
+    alpha: float | None = None
+    dropout: float = 0.0
+    targets: str | tuple[str, ...] = ALL_LINEAR
+    part: str = "language"
+    rslora: bool = False
+    where: Where = "all"
+    lr: float | None = None
+
+    def __post_init__(self) -> None:
+        check_where(self)
+        check(self.r >= 1, "dora.r", self.r, "an integer of at least 1")
+        check(0 <= self.dropout < 1, "dora.dropout", self.dropout, "a number in [0, 1)")
+        check(self.alpha is None or self.alpha > 0, "dora.alpha", self.alpha, "a number above 0")
+        check(self.lr is None or 0 < self.lr <= 1, "dora.lr", self.lr, "a number in (0, 1]")
+
+    @property
+    def numerator(self) -> float:
+        """alpha, with its default."""
+        return 2.0 * self.r if self.alpha is None else self.alpha
+
+    @property
+    def scale(self) -> float:
+        """alpha / r, or alpha / sqrt(r)."""
+        return self.numerator / (math.sqrt(self.r) if self.rslora else self.r)
+
+    def resolved(self) -> DoRA:
+        """The same tuner with alpha written out."""
+        return dataclasses.replace(self, alpha=self.numerator)
+
+    def apply(self, model: nn.Module, parts: Parts) -> Mapping[str, nn.Parameter]:
+        """Wrap the target layers. Returns: A, B and the magnitude of each, by name."""
+        return wrap_linears(model, parts, self, lambda base: DoRALinear(base, self.r, self.scale, self.dropout))
+
+    @property
+    def in_peft(self) -> bool:
+        """`peft` acts on every token."""
+        return self.where == "all"
+
+    @property
+    def _settings(self) -> dict[str, object]:
+        return {"r": self.r, "lora_alpha": self.numerator, "use_rslora": self.rslora, "use_dora": True}
+
+    def peft_config(self, base: str, targets: list[str]) -> dict[str, Any]:
+        """See `PeftForm.peft_config`."""
+        return peft_settings("LORA", self.part, base, targets, lora_dropout=self.dropout, **self._settings)
+
+    def check_peft(self, folder: Path) -> None:
+        """See `PeftForm.check_peft`."""
+        check_settings(folder, "LORA", self._settings)
