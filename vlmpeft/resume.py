@@ -17,6 +17,7 @@ from vlmpeft.checkpoint import save
 from vlmpeft.drift import Drift
 from vlmpeft.errors import CheckpointError
 from vlmpeft.manifest import verify
+from vlmpeft.optim import restored
 from vlmpeft.sharding import gathered, like, whole
 from vlmpeft.weights import read_strict
 
@@ -31,7 +32,9 @@ def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     for group in optimizer.param_groups:
         for name, parameter in zip(group["parameter_names"], group["params"], strict=True):
             for key, value in optimizer.state.get(parameter, {}).items():
-                tensors[f"{name}|{key}"] = gathered(value) if isinstance(value, Tensor) else torch.tensor(value)
+                whole_value = gathered(value) if isinstance(value, Tensor) else torch.tensor(value)
+                shared = key.startswith("qmap")  # bitsandbytes' tables are those of all parameters; files want copies
+                tensors[f"{name}|{key}"] = whole_value.clone() if shared else whole_value
     return tensors
 
 
@@ -47,7 +50,8 @@ def load_optimizer(optimizer: torch.optim.Optimizer, directory: Path) -> None:
             message = f"{path} holds state of '{name}', which does not train here."
             raise CheckpointError("K204", message, "resume with the recipe of the run.")
         parameter = names[name]
-        optimizer.state[parameter][entry] = tensor if entry == "step" else like(tensor, parameter)
+        value = tensor if entry == "step" else like(tensor, parameter)
+        optimizer.state[parameter][entry] = restored(optimizer, parameter, entry, value)
 
 
 def load_start(drift: Drift, directory: Path) -> None:
