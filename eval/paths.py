@@ -11,6 +11,16 @@ from vlmpeft.eval.rows import Row
 from vlmpeft.safe_paths import ImageFolder
 
 
+def has_image(question: Row) -> bool:
+    """Whether a question is about an image: all are but those whose `text_only` is true."""
+    return question.get("text_only") is not True
+
+
+def with_image(questions: Sequence[Row]) -> list[Row]:
+    """The questions that are about an image."""
+    return [question for question in questions if has_image(question)]
+
+
 def resolve_images(questions: Sequence[Row], images: str | Path) -> list[Path]:
     """The image file of each question, inside the folder `images`.
 

@@ -4,6 +4,8 @@ Run and score a model:
   python -m vlmpeft.eval.pope model=DIR questions=FILE[,FILE,FILE] images=DIR out=DIR [key=value ...]
 Score given answers, without a model:
   python -m vlmpeft.eval.pope questions=FILE[,FILE,FILE] answers=FILE
+compare=DIR, the output folder of another run on the same questions, adds a paired test; ablate=blank, shuffle or noise
+shows a blank picture, another question's picture or noise in place of the image.
 
 questions: JSON lines with question_id, image, text, label (yes or no). Several files are several settings (random,
 popular, adversarial); their ids repeat, so an answer is keyed by setting (the file's name without its ending) and id.
@@ -21,6 +23,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from vlmpeft.errors import ConfigError, EvalError, run_command
+from vlmpeft.eval.compare import compare_files
+from vlmpeft.eval.interval import interval
 from vlmpeft.eval.rows import Row, answer_text, join, read_rows
 from vlmpeft.eval.runner import Answerer, ask, parse_arguments, run, table
 
@@ -29,7 +33,8 @@ REVISION_2910 = "2910-row random (POPE up to e3e39262; 1500 yes, 1410 no); not c
 ABOUT = {"benchmark": "pope", "parser": "official"}  # POPE 08d957b evaluate.py, identical to LLaVA's eval_pope.py
 QUESTION_KEYS = ("question_id", "image", "text", "label")
 REQUIRED = ("model", "questions", "images", "out")
-DEFAULTS = {"suffix": SUFFIX, "batch_size": 16, "blank": False, "max_new_tokens": 16, "device": "auto"}
+DEFAULTS = {"suffix": SUFFIX, "batch_size": 16, "ablate": "none", "max_new_tokens": 16, "device": "auto"}
+OPTIONAL = {"compare": None}
 COLUMNS = ("n", "accuracy", "precision", "recall", "f1", "yes_ratio", "unparsable", "empty", "auc")
 
 
@@ -47,6 +52,11 @@ def is_unparsable(text: str) -> bool:
     return re.search(r"\b(yes|no|not)\b", text, re.IGNORECASE) is None
 
 
+def is_correct(question: Row, text: str) -> bool:
+    """Whether the parsed text is the question's label."""
+    return parse_answer(text) == question["label"]
+
+
 def score(questions: Sequence[Row], answers: Sequence[Row]) -> dict[str, Any]:
     """Join by id and score; the positive class is yes and a division by zero gives 0.0.
 
@@ -55,7 +65,8 @@ def score(questions: Sequence[Row], answers: Sequence[Row]) -> dict[str, Any]:
         answers: question_id and text (or answer) each; `margin` in every row adds `auc`.
 
     Returns:
-        accuracy, precision, recall, f1, yes_ratio, tp, fp, tn, fn, n, unparsable (empty ones included), empty;
+        accuracy, accuracy_ci95 ([low, high]), precision, recall, f1, yes_ratio, tp, fp, tn, fn, n, empty, unparsable
+        (empty ones included);
         where known also auc and revision.
 
     Raises:
@@ -65,7 +76,7 @@ def score(questions: Sequence[Row], answers: Sequence[Row]) -> dict[str, Any]:
 
 
 def score_settings(questions: Sequence[Row], answers: Sequence[Row]) -> dict[str, Any]:
-    """As `score`; where every question has a `setting`: `settings` (name to metrics), mean_accuracy, mean_f1 and n."""
+    """As `score`; where every question has a `setting`: `settings` (name to metrics), the means over them, and n."""
     pairs = join(questions, answers)
     if not pairs or not all("setting" in question for question in questions):
         return _metrics(pairs)
@@ -84,6 +95,7 @@ def _metrics(pairs: Sequence[tuple[Row, Row]]) -> dict[str, Any]:
     tn, fn = outcomes.count((False, False)), outcomes.count((True, False))
     metrics: dict[str, Any] = {
         "accuracy": _ratio(tp + tn, len(pairs)),
+        "accuracy_ci95": interval([label == predicted for label, predicted in outcomes]),
         "precision": _ratio(tp, tp + fp),
         "recall": _ratio(tp, tp + fn),
         "f1": _ratio(2 * tp, 2 * tp + fp + fn),  # = 2PR / (P + R), and 0 instead of undefined at TP = 0
@@ -138,7 +150,7 @@ def evaluate(
     suffix: str = SUFFIX,
     batch_size: int = 16,
     max_new_tokens: int = 16,
-    blank: bool = False,
+    ablate: str = "none",
     progress: bool = True,
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Ask a model and score it. Returns: the answer rows in question order, and `score_settings` of them."""
@@ -151,10 +163,10 @@ def evaluate(
         suffix=suffix,
         batch_size=batch_size,
         max_new_tokens=max_new_tokens,
-        blank=blank,
+        ablate=ablate,
         contrast=("Yes", "No"),
         progress=progress,
-        correct=lambda question, text: parse_answer(text) == question["label"],
+        correct=is_correct,
     )
     rows = [
         {**row, "parsed": parse_answer(row["text"]), "label": question["label"], "margin": row["margin"]}
@@ -195,15 +207,18 @@ def _print_table(metrics: Mapping[str, Any]) -> None:
 
 def score_files(argv: Sequence[str]) -> None:
     """The command line with answers=FILE: scores as JSON on stdout; imports no torch."""
-    arguments = parse_arguments(argv, {}, ("questions", "answers"), __doc__ or "")
-    metrics = score_settings(read_questions(arguments["questions"]), read_rows(arguments["answers"]))
-    print(json.dumps({**ABOUT, **metrics}, ensure_ascii=False, indent=2))
+    arguments = parse_arguments(argv, OPTIONAL, ("questions", "answers"), __doc__ or "")
+    questions, answers = read_questions(arguments["questions"]), read_rows(arguments["answers"])
+    metrics = {**ABOUT, **score_settings(questions, answers)}
+    if arguments["compare"]:
+        metrics["compare"] = compare_files(questions, answers, arguments["compare"], is_correct)
+    print(json.dumps(metrics, ensure_ascii=False, indent=2))
 
 
 def run_model(argv: Sequence[str]) -> None:
     """The command line with model=DIR: writes answers.jsonl and metrics.json into out, prints a table."""
-    arguments = parse_arguments(argv, DEFAULTS, REQUIRED, __doc__ or "")
-    _print_table(run(arguments, read_questions(arguments["questions"]), evaluate, ABOUT))
+    arguments = parse_arguments(argv, DEFAULTS | OPTIONAL, REQUIRED, __doc__ or "")
+    _print_table(run(arguments, read_questions(arguments["questions"]), evaluate, ABOUT, is_correct))
 
 
 def main(argv: Sequence[str]) -> None:

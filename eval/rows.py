@@ -42,6 +42,16 @@ def read_rows(path: str | Path, required: Sequence[str] = ()) -> list[dict[str, 
     return rows
 
 
+def read_document(path: str | Path) -> Any:
+    """One JSON document. Raises: ConfigError C102 if there is no such file, EvalError V602 if it is no JSON."""
+    if not os.path.isfile(path):
+        raise ConfigError("C102", f"no file '{path}'.", "check the path.")
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise EvalError("V602", f"{path}: {error}.", "give one JSON document, in UTF-8.") from error
+
+
 def _checked(row: Any, required: Sequence[str]) -> dict[str, Any]:
     if not isinstance(row, dict):
         raise ValueError(f"expected an object, got {type(row).__name__}")

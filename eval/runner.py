@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from vlmpeft.errors import ConfigError, NumericError, nearest
-from vlmpeft.eval.paths import resolve_images
+from vlmpeft.eval.ablate import ablated, check_ablation
+from vlmpeft.eval.compare import compare_files, texts_of
+from vlmpeft.eval.paths import has_image, resolve_images, with_image
 from vlmpeft.eval.rows import Row, read_rows, write_json, write_rows
 
 if TYPE_CHECKING:
@@ -82,6 +84,8 @@ def _convert(key: str, value: str, default: Any) -> Any:
         if not re.fullmatch(r"[0-9]{1,9}", value) or int(value) < 1:
             raise ConfigError("C102", f"{key}={value}: expected an integer from 1.")
         return int(value)
+    if default is None:  # a path
+        return value
     return value.replace("\\n", "\n")  # so that a suffix with a line break can be typed in any shell
 
 
@@ -93,18 +97,18 @@ def ask(
     suffix: str,
     batch_size: int = 16,
     max_new_tokens: int = 16,
-    blank: bool = False,
+    ablate: str = "none",
     contrast: tuple[str, str] | None = None,
     progress: bool = True,
-    correct: Callable[[Row, str], bool] | None = None,
+    correct: Callable[[Row, str], float] | None = None,
 ) -> list[dict[str, Any]]:
-    """Ask every question about its image, greedily.
+    """Ask every question about its image, greedily; one whose `text_only` is true is asked without.
 
     Args:
         suffix: appended to each question that does not already end in it.
-        blank: show a picture of the same size in the encoder's mean colour instead of the image.
+        ablate: what to show instead of the image: none, blank, shuffle or noise; see `vlmpeft.eval.ablate`.
         contrast: two words; `margin` is then logit(first) - logit(second) at the first answer position.
-        correct: judges (question, text) for the accuracy beside the progress bar.
+        correct: scores (question, text), from 0 to 1, for the accuracy beside the progress bar.
 
     Returns:
         one row a question, in order: setting (if the question has one), question_id, image, prompt, text, margin.
@@ -118,10 +122,10 @@ def ask(
 
     from vlmpeft.decode import Request
 
-    paths = resolve_images(questions, images)
-    pictures: Sequence[Path | Image.Image] = _blanks(bundle, paths) if blank else paths
+    shown = iter(ablated(bundle, resolve_images(with_image(questions), images), ablate))
+    pictures = [(next(shown),) if has_image(question) else () for question in questions]
     prompts = [q["text"] if q["text"].endswith(suffix) else q["text"] + suffix for q in questions]
-    requests = [Request(images=(p,), prompt=prompt) for p, prompt in zip(pictures, prompts, strict=True)]
+    requests = [Request(images=p, prompt=prompt) for p, prompt in zip(pictures, prompts, strict=True)]
     with tqdm(total=len(requests), unit="question", disable=not progress, mininterval=1.0) as bar:
         answers = bundle.answer(
             requests,
@@ -134,10 +138,10 @@ def ask(
 
 
 def _progress(
-    bar: tqdm[Any], questions: Sequence[Row], correct: Callable[[Row, str], bool] | None
+    bar: tqdm[Any], questions: Sequence[Row], correct: Callable[[Row, str], float] | None
 ) -> Callable[[Sequence[tuple[int, Answer]]], None]:
     """What to do after a batch: move the bar on, with the accuracy so far."""
-    right = 0
+    right = 0.0
 
     def on_batch(batch: Sequence[tuple[int, Answer]]) -> None:
         nonlocal right
@@ -149,17 +153,6 @@ def _progress(
     return on_batch
 
 
-def _blanks(bundle: Answerer, paths: Sequence[Path]) -> list[Image.Image]:
-    """One blank picture per size, shared: 9000 questions about 500 photos need a few pictures in memory, not 9000."""
-    by_size: dict[tuple[int, int], Image.Image] = {}
-    by_path: dict[Path, Image.Image] = {}
-    for path in paths:
-        if path not in by_path:
-            picture = bundle.blank_image(path)
-            by_path[path] = by_size.setdefault(picture.size, picture)
-    return [by_path[path] for path in paths]
-
-
 def _row(question: Row, prompt: str, answer: Answer) -> dict[str, Any]:
     if answer.margin is not None and not math.isfinite(answer.margin):
         raise NumericError(
@@ -168,7 +161,7 @@ def _row(question: Row, prompt: str, answer: Answer) -> dict[str, Any]:
             "the model's logits are not finite; try dtype float32 or an earlier checkpoint.",
         )
     setting = {"setting": question["setting"]} if "setting" in question else {}
-    row = {"question_id": question["question_id"], "image": question["image"], "prompt": prompt}
+    row = {"question_id": question["question_id"], "image": question.get("image"), "prompt": prompt}
     return {**setting, **row, "text": answer.text.strip(), "margin": answer.margin}
 
 
@@ -184,26 +177,37 @@ class Evaluate(Protocol):
         suffix: str,
         batch_size: int,
         max_new_tokens: int,
-        blank: bool,
+        ablate: str,
     ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
         """Returns: answer rows, metrics."""
 
 
 def run(
-    arguments: Mapping[str, Any], questions: Sequence[Row], evaluate: Evaluate, about: Mapping[str, str]
+    arguments: Mapping[str, Any],
+    questions: Sequence[Row],
+    evaluate: Evaluate,
+    about: Mapping[str, str],
+    correct: Callable[[Row, str], float] | None = None,
 ) -> dict[str, Any]:
     """Evaluate the model of a command line and write out/answers.jsonl and out/metrics.json.
 
-    Images and the output folder are checked before the model is loaded. Returns: the metrics.
+    Images, output folder and the answers to compare with are checked before the model is loaded. Returns: the metrics,
+    with `compare` if the arguments name a folder of that name; `correct` then judges (question, text).
     """
-    resolve_images(questions, arguments["images"])
+    check_ablation(arguments["ablate"])
+    resolve_images(with_image(questions), arguments["images"])
+    other = arguments.get("compare")
+    if other:
+        texts_of(other, questions)
     out = prepare_folder(arguments["out"])
 
     import vlmpeft
 
     bundle = vlmpeft.load(arguments["model"], device=arguments["device"])
-    options = {key: arguments[key] for key in ("suffix", "batch_size", "max_new_tokens", "blank")}
+    options = {key: arguments[key] for key in ("suffix", "batch_size", "max_new_tokens", "ablate")}
     answers, metrics = evaluate(bundle, questions, arguments["images"], **options)
+    if correct and other:
+        metrics = {**metrics, "compare": compare_files(questions, answers, other, correct)}
     write_rows(out / "answers.jsonl", answers)
     source = {key: arguments[key] for key in ("model", "questions", "images")}
     write_json(out / "metrics.json", {**about, **source, **options, **metrics})

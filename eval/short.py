@@ -4,6 +4,8 @@ Run and score a model:
   python -m vlmpeft.eval.short model=DIR questions=FILE images=DIR out=DIR [key=value ...]
 Score given answers, without a model:
   python -m vlmpeft.eval.short questions=FILE answers=FILE
+compare=DIR, the output folder of another run on the same questions, adds a paired test; ablate=blank, shuffle or noise
+shows a blank picture, another question's picture or noise in place of the image.
 
 questions: JSON lines with question_id, image, text, label, category. A category whose labels are all yes or no is
 judged by the POPE parser; every other answer must equal its label once both are normalised: lower case, no surrounding
@@ -14,12 +16,14 @@ answers: JSON lines with question_id and text.
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from vlmpeft.errors import EvalError, run_command
-from vlmpeft.eval.pope import DEFAULTS, REQUIRED, SUFFIX, parse_answer
+from vlmpeft.eval.compare import compare_files
+from vlmpeft.eval.interval import interval
+from vlmpeft.eval.pope import DEFAULTS, OPTIONAL, REQUIRED, SUFFIX, parse_answer
 from vlmpeft.eval.rows import Row, answer_text, join, read_rows
 from vlmpeft.eval.runner import Answerer, ask, parse_arguments, run, table
 
@@ -53,6 +57,12 @@ def is_correct(question: Row, text: str, yes_no: Collection[str]) -> bool:
     return normalise(text) == normalise(_label(question))
 
 
+def _judge(questions: Sequence[Row]) -> Callable[[Row, str], bool]:
+    """`is_correct` with the yes/no categories of these questions."""
+    yes_no = yes_no_categories(questions)
+    return lambda question, text: is_correct(question, text, yes_no)
+
+
 def score(questions: Sequence[Row], answers: Sequence[Row]) -> dict[str, Any]:
     """Join by id and score; no question at all gives accuracy 0.0.
 
@@ -61,7 +71,7 @@ def score(questions: Sequence[Row], answers: Sequence[Row]) -> dict[str, Any]:
         answers: question_id and text (or answer) each.
 
     Returns:
-        accuracy, correct, n, empty, and `categories`: name to accuracy, correct, n.
+        accuracy, accuracy_ci95 ([low, high]), correct, n, empty, and `categories`: name to the first four.
 
     Raises:
         EvalError: V601 for missing, extra or repeated ids, V602 for a label or text of a wrong kind.
@@ -79,7 +89,8 @@ def score(questions: Sequence[Row], answers: Sequence[Row]) -> dict[str, Any]:
 
 
 def _accuracy(hits: Sequence[bool]) -> dict[str, Any]:
-    return {"accuracy": sum(hits) / len(hits) if hits else 0.0, "correct": sum(hits), "n": len(hits)}
+    accuracy = sum(hits) / len(hits) if hits else 0.0
+    return {"accuracy": accuracy, "accuracy_ci95": interval(hits), "correct": sum(hits), "n": len(hits)}
 
 
 def _label(question: Row) -> str:
@@ -97,11 +108,11 @@ def evaluate(
     suffix: str = SUFFIX,
     batch_size: int = 16,
     max_new_tokens: int = 16,
-    blank: bool = False,
+    ablate: str = "none",
     progress: bool = True,
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Ask a model and score it. Returns: the answer rows in question order, and `score` of them."""
-    yes_no = yes_no_categories(questions)
+    judge = _judge(questions)
     answers = ask(
         bundle,
         questions,
@@ -109,14 +120,14 @@ def evaluate(
         suffix=suffix,
         batch_size=batch_size,
         max_new_tokens=max_new_tokens,
-        blank=blank,
+        ablate=ablate,
         progress=progress,
-        correct=lambda question, text: is_correct(question, text, yes_no),
+        correct=judge,
     )
     rows = [
         {key: value for key, value in row.items() if key != "margin"}
         | {key: question[key] for key in ("label", "category")}
-        | {"correct": is_correct(question, row["text"], yes_no)}
+        | {"correct": judge(question, row["text"])}
         for question, row in zip(questions, answers, strict=True)
     ]
     return rows, score(questions, rows)
@@ -131,15 +142,19 @@ def _print_table(metrics: Mapping[str, Any]) -> None:
 
 def score_files(argv: Sequence[str]) -> None:
     """The command line with answers=FILE: scores as JSON on stdout; imports no torch."""
-    arguments = parse_arguments(argv, {}, ("questions", "answers"), __doc__ or "")
-    metrics = score(read_rows(arguments["questions"], QUESTION_KEYS), read_rows(arguments["answers"]))
-    print(json.dumps({**ABOUT, **metrics}, ensure_ascii=False, indent=2))
+    arguments = parse_arguments(argv, OPTIONAL, ("questions", "answers"), __doc__ or "")
+    questions, answers = read_rows(arguments["questions"], QUESTION_KEYS), read_rows(arguments["answers"])
+    metrics = {**ABOUT, **score(questions, answers)}
+    if arguments["compare"]:
+        metrics["compare"] = compare_files(questions, answers, arguments["compare"], _judge(questions))
+    print(json.dumps(metrics, ensure_ascii=False, indent=2))
 
 
 def run_model(argv: Sequence[str]) -> None:
     """The command line with model=DIR: writes answers.jsonl and metrics.json into out, prints a table."""
-    arguments = parse_arguments(argv, DEFAULTS, REQUIRED, __doc__ or "")
-    _print_table(run(arguments, read_rows(arguments["questions"], QUESTION_KEYS), evaluate, ABOUT))
+    arguments = parse_arguments(argv, DEFAULTS | OPTIONAL, REQUIRED, __doc__ or "")
+    questions = read_rows(arguments["questions"], QUESTION_KEYS)
+    _print_table(run(arguments, questions, evaluate, ABOUT, _judge(questions)))
 
 
 def main(argv: Sequence[str]) -> None:
