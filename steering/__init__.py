@@ -6,8 +6,8 @@ if __name__ != "vlmpeft.steering":
     )
 
 from vlmpeft.steering import positions
-from vlmpeft.steering.attention import LMARProbe, lmar
 from vlmpeft.steering.mores import MoReS, Steering, parameter_count
+from vlmpeft.steering.probe import LMARProbe, lmar
 from vlmpeft.steering.reference import load_reference
 
 __all__ = ["LMARProbe", "MoReS", "Steering", "lmar", "load_reference", "parameter_count", "positions"]

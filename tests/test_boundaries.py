@@ -19,20 +19,27 @@ FOLDERS = {
     "vlmpeft.recipes": "recipes",
 }
 LEVELS: dict[int, str] = {
-    4: "__main__ train generate inspect scenes export merge",
-    3: "build checkpoint conversion resume preflight workspace loop run evaluation retention hf_llava hf_peft "
-    "llava_original eval eval.paths eval.pope eval.rows eval.runner eval.short",
-    2: "config sections yaml_file recipe data_config records data sample_store sample_text mixture prepare stage "
-    "features vlm tune conflicts weights optim language tokens hf_chat prefix decode forward trackers align "
-    "distributed sharding drift report report_data report_sections report_retention report_style charts "
-    "scene_questions",
-    1: "vision vision_timm vision_transformers vision_open_clip vision_weights encoder template images "
-    "projectors projectors.linear projectors.mlp projectors.ldp projectors.pixel_shuffle projectors.resampler "
-    "projectors.qformer projectors.identity tuners tuners.full tuners.lora tuners.tokens "
-    "steering steering.attention steering.layers steering.mores steering.positions steering.units recipes",
-    0: "batch parts routing routed registry errors fs anyres loss schema sources safe_paths layouts layout_names "
-    "layout_tokenizer llava_layout manifest sampling stopping json_stream normalise readers "
-    "projectors.base projectors.layers tuners.attachment tuners.base tuners.linear tuners.targets",
+    4: "adapters __main__ train generate inspect lmar scenes export merge",
+    3: "adapter_soup build checkpoint conversion resume preflight workspace loop run evaluation retention hf_llava "
+    "hf_peft llava_original lmar_heat lmar_samples diagnose eval eval.paths eval.pope eval.rows eval.runner "
+    "eval.short eval.ablate eval.benchmark eval.caption eval.cider eval.compare eval.gqa eval.hallusion "
+    "eval.interval eval.mme eval.mmvet eval.summary eval.vqa eval.vqa_text eval.choices eval.choices_run "
+    "eval.mmmu eval.mmmu_data eval.mmmu_parse eval.scienceqa eval.mmbench eval.iconqa eval.choice",
+    2: "adapter_files adapter_learn adapter_merge pool config sections yaml_file recipe data_config records data "
+    "sample_store sample_text mixture prepare stage features vlm quant quant_memory tune conflicts weights optim "
+    "language tokens hf_chat prefix decode forward trackers align distributed sharding drift diagnose_config "
+    "report report_attention report_data report_sections report_retention report_style charts scene_questions",
+    1: "vision vision_timm vision_transformers vision_open_clip vision_weights encoder template images projectors "
+    "projectors.linear projectors.mlp projectors.ldp projectors.pixel_shuffle projectors.resampler "
+    "projectors.qformer projectors.identity tuners tuners.dora tuners.embedding_lora tuners.full tuners.krona "
+    "tuners.oft tuners.vera tuners.lora tuners.tokens tuners.bitfit tuners.bottleneck tuners.fish tuners.ia3 "
+    "tuners.layers tuners.norm tuners.unfreeze tuners.prefix_tuning tuners.prompt tuners.ptuning steering "
+    "steering.attention steering.layers steering.mores steering.pictures steering.positions steering.probe "
+    "steering.reference steering.statistics steering.units recipes",
+    0: "batch parts quant_weight routing routed registry errors fs anyres loss schema sources safe_paths layouts "
+    "layout_names layout_tokenizer llava_layout manifest sampling stopping json_stream normalise readers "
+    "projectors.base projectors.layers tuners.attachment tuners.base tuners.linear tuners.targets tuners.sites "
+    "tuners.substitute tuners.lora_init tuners.peft_folder tuners.virtual tuners.deep_prefix",
 }
 LEVEL = {name: level for level, names in LEVELS.items() for name in names.split()}
 GROUPS = {  # modules of level 1 that may import each other besides their own level-0 base
@@ -45,21 +52,29 @@ BASES = {  # of level 0, and the groups they are for
     "tuners.attachment": {"tuners", "steering"},
     "tuners.base": {"tuners", "steering"},
     "tuners.linear": {"tuners", "steering"},
+    "tuners.lora_init": {"tuners"},
+    "tuners.peft_folder": {"tuners"},
     "tuners.targets": {"tuners", "steering"},
+    "tuners.virtual": {"tuners"},
+    "tuners.deep_prefix": {"tuners"},
 }
-FREE = {"projectors", "tuners", "steering", "steering.mores", *GROUPS["vision"]}  # they gather their group
+FREE = {"projectors", "tuners", *GROUPS["vision"]}  # they gather their group
+FREE |= {"steering", "steering.mores", "steering.probe", "steering.reference"}
 WHERE = {  # an outside library and the modules that may import it; True if inside functions only
     "omegaconf": ({"config"}, False),
     "yaml": ({"yaml_file"}, False),
     "accelerate": ({"loop", "trackers", "distributed", "sharding", "forward"}, False),
-    "transformers": ({"language", "vision_transformers", "decode", "prefix", "hf_llava"}, True),
+    "transformers": ({"language", "vision_transformers", "decode", "prefix", "hf_llava", "tuners.prompt"}, True),
     "huggingface_hub": ({"sources"}, True),
     "timm": ({"vision_timm"}, True),
     "open_clip": ({"vision_open_clip"}, True),
-    "bitsandbytes": ({"quant"}, True),
+    "bitsandbytes": ({"quant", "quant_weight"}, True),
     "peft": (set(), True),
     "datasets": ({"readers"}, True),
-    "pyarrow": ({"readers", "sample_store"}, True),
+    "pyarrow": ({"readers", "sample_store", "eval.mmmu_data"}, True),
+    "sacrebleu": ({"eval.caption"}, True),
+    "rouge_score": ({"eval.caption"}, True),
+    "matplotlib": ({"steering.pictures"}, True),
     **dict.fromkeys(("pickle", "cPickle", "marshal", "shelve", "dill", "cloudpickle", "joblib"), (set(), True)),
 }
 

@@ -46,7 +46,7 @@ def test_every_listed_command_can_be_run(capsys: Captured) -> None:
         assert "=" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("name", "hint"), [("trian", "did you mean 'train'?"), ("zzz", "(known: eval.pope, ")])
+@pytest.mark.parametrize(("name", "hint"), [("trian", "did you mean 'train'?"), ("zzz", "(known: adapters, ")])
 def test_an_unknown_command_gets_the_nearest(name: str, hint: str, capsys: Captured) -> None:
     assert vlmpeft(name, "recipe=x") == 2
     out, err = capsys.readouterr()

@@ -171,7 +171,7 @@ def test_an_end_of_several_tokens_stops_at_its_last(bundle: Bundle, monkeypatch:
     """SentencePiece writes a line break as a space and the break: a space alone is no end."""
     encoder = bundle.turn_encoder()
     monkeypatch.setattr(encoder, "segment_ids", lambda segment: [7, 9] if segment.kind == "end" else [5])
-    assert decode._stops(encoder) == sorted({9, bundle.tokenizer.eos_token_id})
+    assert decode.stop_tokens(encoder) == sorted({9, bundle.tokenizer.eos_token_id})
 
 
 def test_several_captions_of_one_image_under_the_plain_template(

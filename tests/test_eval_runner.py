@@ -18,7 +18,7 @@ from vlmpeft.eval import pope, runner
 from vlmpeft.eval.paths import resolve_images
 from vlmpeft.eval.rows import read_rows, write_json, write_rows
 
-DEFAULTS = {"suffix": "\nBriefly.", "batch_size": 16, "blank": False}
+DEFAULTS = {"suffix": "\nBriefly.", "batch_size": 16, "quick": False, "compare": None}
 
 
 class FakeBundle:
@@ -78,9 +78,10 @@ def parsed(*argv: str) -> dict[str, Any]:
 
 
 def test_arguments_take_the_type_of_their_default() -> None:
-    values = parsed("model=m=1", "out=o", "batch_size=4", "blank=true", r"suffix=\nWhy?")
-    assert values == {"model": "m=1", "out": "o", "batch_size": 4, "blank": True, "suffix": "\nWhy?"}
+    values = parsed("model=m=1", "out=o", "batch_size=4", "quick=true", r"suffix=\nWhy?")
+    assert values == {**DEFAULTS, "model": "m=1", "out": "o", "batch_size": 4, "quick": True, "suffix": "\nWhy?"}
     assert parsed("out=o", r"model=C:\new") == {**DEFAULTS, "model": r"C:\new", "out": "o"}  # a path is left alone
+    assert parsed("out=o", "model=m", r"compare=C:\new")["compare"] == r"C:\new"  # nor is an optional one
     assert parsed("out=o", "model=m", "suffix=")["suffix"] == ""
 
 
@@ -93,9 +94,9 @@ def test_arguments_take_the_type_of_their_default() -> None:
         ("batch_size=1.5", "C102", "expected an integer from 1"),
         ("batch_size=\u0663", "C102", "expected an integer from 1"),
         ("batch_size=" + "9" * 5000, "C102", "expected an integer from 1"),
-        ("blank=maybe", "C102", "expected true or false"),
-        ("blank", "C102", "expected key=value, got 'blank'"),
-        ("--blank=true", "C102", "expected key=value, got '--blank=true'"),
+        ("quick=maybe", "C102", "expected true or false"),
+        ("quick", "C102", "expected key=value, got 'quick'"),
+        ("--quick=true", "C102", "expected key=value, got '--quick=true'"),
         ("out=p", "C102", "out is given twice"),
     ],
 )
@@ -118,7 +119,7 @@ def test_help_prints_the_keys_with_their_defaults_and_exits_with_0(capsys: pytes
     assert caught.value.code == 0
     printed = capsys.readouterr().out
     assert printed.startswith("What it does.\n")
-    for line in ("  model=...  required", r"  suffix=\nBriefly.", "  batch_size=16", "  blank=false"):
+    for line in ("  model=...  required", r"  suffix=\nBriefly.", "  batch_size=16", "  quick=false"):
         assert line in printed.splitlines()
 
 
@@ -286,7 +287,7 @@ def test_setting_is_carried_into_the_answers(images: Path) -> None:
 
 def test_blank_pictures_have_the_size_of_their_image_and_are_shared_by_size(images: Path) -> None:
     bundle = FakeBundle(TEXTS)
-    runner.ask(bundle, QUESTIONS, images, suffix="", blank=True, progress=False)
+    runner.ask(bundle, QUESTIONS, images, suffix="", ablate="blank", progress=False)
     pictures = [r.images[0] for r in bundle.requests]
     assert [p.size for p in pictures] == [(4, 3), (4, 3), (2, 5), (4, 3)]
     assert {p.getpixel((0, 0)) for p in pictures} == {(122, 116, 104)}
@@ -358,13 +359,16 @@ def test_pope_command_writes_answers_and_metrics_and_prints_a_table(
 ) -> None:
     questions = tmp_path / "q.jsonl"
     write_rows(questions, QUESTIONS)
-    assert run_pope(tmp_path, images, monkeypatch, f"questions={questions}", "blank=true") == (0, [("M", "auto")])
+    assert run_pope(tmp_path, images, monkeypatch, f"questions={questions}", "ablate=blank") == (0, [("M", "auto")])
     out = tmp_path / "deep" / "out"
     answers = read_rows(out / "answers.jsonl")
     assert [a["question_id"] for a in answers] == [5, 6, 7, 8]
     assert answers[2]["prompt"] == "Is there a cow?" + pope.SUFFIX
     metrics = json.loads((out / "metrics.json").read_text())
-    assert metrics.items() >= {"model": "M", "parser": "official", "suffix": pope.SUFFIX, "blank": True, "n": 4}.items()
+    assert (
+        metrics.items()
+        >= {"model": "M", "parser": "official", "suffix": pope.SUFFIX, "ablate": "blank", "n": 4}.items()
+    )
     assert metrics.items() >= pope.score(QUESTIONS, answers).items()
     table = capsys.readouterr().out.splitlines()
     assert table[0].split() == ["setting", *pope.COLUMNS]
@@ -397,6 +401,8 @@ def test_pope_command_keeps_settings_apart_and_its_answers_score_the_same(
         ({"question_id": 1}, (), 8),
         (QUESTIONS[0], ("batch_size=none",), 2),
         (QUESTIONS[0], ("colour=red",), 2),
+        (QUESTIONS[0], ("ablate=blur",), 2),
+        (QUESTIONS[0], ("compare=absent",), 2),
     ],
 )
 def test_faults_are_found_before_the_model_is_loaded(

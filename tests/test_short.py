@@ -73,9 +73,9 @@ def test_category_is_yes_no_only_if_all_its_labels_are() -> None:
 def test_accuracy_by_category_equals_the_count_by_hand() -> None:
     metrics = short.score(QUESTIONS, ANSWERS)
     assert metrics["categories"] == {
-        "count": {"accuracy": 0.5, "correct": 1, "n": 2},
-        "exists": {"accuracy": 1.0, "correct": 2, "n": 2},  # junk counts as yes, as in POPE
-        "name": {"accuracy": 0.5, "correct": 1, "n": 2},
+        "count": {"accuracy": 0.5, "accuracy_ci95": [0.0, 1.0], "correct": 1, "n": 2},
+        "exists": {"accuracy": 1.0, "accuracy_ci95": [1.0, 1.0], "correct": 2, "n": 2},  # junk counts as yes
+        "name": {"accuracy": 0.5, "accuracy_ci95": [0.0, 1.0], "correct": 1, "n": 2},
     }
     assert (metrics["accuracy"], metrics["correct"], metrics["n"]) == (pytest.approx(4 / 6), 4, 6)
     assert metrics["empty"] == 0
@@ -95,7 +95,8 @@ def test_empty_answer_is_wrong_and_counted() -> None:
 
 
 def test_no_questions_give_accuracy_zero() -> None:
-    assert short.score([], []) == {"accuracy": 0.0, "correct": 0, "n": 0, "empty": 0, "categories": {}}
+    nothing = {"accuracy": 0.0, "accuracy_ci95": [0.0, 0.0], "correct": 0, "n": 0}
+    assert short.score([], []) == {**nothing, "empty": 0, "categories": {}}
 
 
 def test_missing_repeated_and_extra_answers_are_refused() -> None:

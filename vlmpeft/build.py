@@ -1,4 +1,4 @@
-"""Recipe -> Bundle: load the frozen parts, assemble them, tune them."""
+"""Recipe -> Bundle: load the frozen parts, assemble them, quantise, tune."""
 
 from __future__ import annotations
 
@@ -19,6 +19,8 @@ from vlmpeft.language import empty_language, fingerprint, load_language, load_to
 from vlmpeft.parts import Parts
 from vlmpeft.projectors import PROJECTORS
 from vlmpeft.projectors.base import fit_grid
+from vlmpeft.quant import quantise
+from vlmpeft.quant_memory import WeightBytes, planned_bytes
 from vlmpeft.recipe import Recipe, Stage
 from vlmpeft.template import TurnEncoder
 from vlmpeft.tokens import add_tokens
@@ -130,7 +132,7 @@ def _cpu_multiplies_bf16() -> bool:
 
 
 def assemble(recipe: Recipe, device: torch.device, dtype: torch.dtype, seed: int = 0) -> Bundle:
-    """Load the base parts and put a fresh projector between them; nothing is trained yet.
+    """Load the base parts, put a fresh projector between them and quantise what is to be; nothing is trained yet.
 
     Args: seed: of the projector's initial weights.
     """
@@ -143,8 +145,9 @@ def assemble(recipe: Recipe, device: torch.device, dtype: torch.dtype, seed: int
         torch.manual_seed(seed)
         projector = _projector(recipe, vision, width_of(language))
     image_scale = math.sqrt(width_of(language)) if config.scale_image_embeddings else 1.0
-    model = VLM(vision.to(dtype), projector, language, image_scale).to(device)
-    model.requires_grad_(False)
+    model = VLM(vision.to(dtype), projector, language, image_scale)
+    quantise(model, recipe.quant, device=device)
+    model = model.to(device).requires_grad_(False)
     data = recipe.data
     transform = ImageTransform(
         vision.image_size, vision.mean, vision.std, data.image_mode, data.tiles, data.max_image_pixels
@@ -169,7 +172,7 @@ def _projector(recipe: Recipe, vision: Encoder, language_width: int) -> nn.Modul
 
 
 def build(recipe: Recipe) -> Bundle:
-    """A recipe's model, tuned as its last stage says: load, then tune."""
+    """A recipe's model, tuned as its last stage says: load, then quantise, then tune."""
     device = choose_device(recipe.run.device)
     bundle = assemble(recipe, device, choose_dtype(recipe.run.precision, device), recipe.run.seed)
     enter_stage(bundle, bundle.stage)
@@ -204,6 +207,23 @@ def dry_run(recipe: Recipe) -> dict[str, list[dict[str, object]]]:
 
     Returns: rows of `Tuned.table` by stage.
     """
+    model = _empty_model(recipe)
+    tuned = Tuned(model, model.parts)
+    tables: dict[str, list[dict[str, object]]] = {}
+    for name, stage in recipe.stages.items():
+        tuned.apply(stage.tuners)
+        tables[name] = tuned.table()
+    return tables
+
+
+def dry_weights(recipe: Recipe) -> WeightBytes:
+    """What the weights of a recipe's model will take in memory, without adapters; from config.json files alone."""
+    model, dtype = _empty_model(recipe), choose_dtype(recipe.run.precision, choose_device(recipe.run.device))
+    return planned_bytes(model, model.parts, recipe.quant, dtype)
+
+
+def _empty_model(recipe: Recipe) -> VLM:
+    """A recipe's model on the meta device, with rows for its new tokens."""
     language = empty_language(recipe.language.name)
     if recipe.tokens.add:
         grow(language, language.get_input_embeddings().weight.shape[0], [()] * len(recipe.tokens.add))
@@ -211,10 +231,4 @@ def dry_run(recipe: Recipe) -> dict[str, list[dict[str, object]]]:
     vision = empty_vision(asked.name, layer=asked.layer, image_size=asked.image_size, compat=asked.compat)
     with torch.device("meta"):
         projector = _projector(recipe, vision, width_of(language))
-    model = VLM(vision, projector, language)
-    tuned = Tuned(model, model.parts)
-    tables: dict[str, list[dict[str, object]]] = {}
-    for name, stage in recipe.stages.items():
-        tuned.apply(stage.tuners)
-        tables[name] = tuned.table()
-    return tables
+    return VLM(vision, projector, language)

@@ -17,6 +17,7 @@ from vlmpeft.config import load_recipe, to_yaml
 from vlmpeft.errors import ModelError
 from vlmpeft.images import ImageTransform
 from vlmpeft.manifest import verify, write_manifest
+from vlmpeft.quant import QuantConfig
 from vlmpeft.weights import PROJECTOR, assign, read_strict
 
 MERGED = "language"  # the folder of a merged language model inside a model directory
@@ -52,6 +53,7 @@ def _entries(bundle: Bundle) -> dict[str, Any]:
             "vision": {"name": bundle.recipe.vision.name, "fingerprint": bundle.fingerprints["vision"]},
             "language": {"name": bundle.recipe.language.name, "fingerprint": bundle.fingerprints["language"]},
         },
+        "quant": dataclasses.asdict(bundle.recipe.quant) if bundle.recipe.quant.bits else None,
         "stage": _stage_name(bundle),
         "template": bundle.stage.template,
         "tuners": {name: {"kind": a.tuner.kind, "part": a.tuner.part} for name, a in bundle.tuned.applied.items()},
@@ -123,13 +125,16 @@ def start_from(bundle: Bundle, directory: Path) -> None:
     assign(state, read_strict(directory / PROJECTOR, state))
 
 
-def load(directory: str | Path, device: str = "auto", dtype: torch.dtype | None = None) -> Bundle:
+def load(
+    directory: str | Path, device: str = "auto", dtype: torch.dtype | None = None, quantised: bool = True
+) -> Bundle:
     """A saved model, ready to be asked or trained on.
 
     Args:
         directory: `final/` or any `checkpoints/step-N/`.
         device: "auto" takes an accelerator if there is one.
         dtype: of the frozen weights; None chooses as training did.
+        quantised: whether a base that was quantised in training is quantised again; False leaves its weights whole.
 
     Raises: CheckpointError K202 for a damaged directory; ModelError M501 for a changed base.
     """
@@ -139,6 +144,8 @@ def load(directory: str | Path, device: str = "auto", dtype: torch.dtype | None 
     if (directory / MERGED / "config.json").is_file():  # wherever the directory has been moved
         language = dataclasses.replace(recipe.language, name=str(directory / MERGED))
         recipe = dataclasses.replace(recipe, language=language)
+    if not quantised:
+        recipe = dataclasses.replace(recipe, quant=QuantConfig())
     where = choose_device(device)
     bundle = assemble(recipe, where, dtype or choose_dtype(recipe.run.precision, where), recipe.run.seed)
     restore(bundle, directory, manifest)

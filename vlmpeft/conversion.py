@@ -23,10 +23,13 @@ TOWERS = ("clip_vision_model", "siglip_vision_model")
 
 
 def open_model(directory: str, dtype: str) -> Bundle:
-    """A model directory on the CPU, in the dtype that is to be written. Raises: ConfigError C102, and as `load`."""
+    """A model directory on the CPU, in the dtype that is to be written, never quantised: what it leaves is whole.
+
+    Raises: ConfigError C102, and as `load`.
+    """
     if dtype not in DTYPES:
         raise ConfigError("C102", f"dtype={dtype}: no such dtype.", "use " + ", ".join(DTYPES) + ".")
-    return load(directory, device="cpu", dtype=DTYPES[dtype])
+    return load(directory, device="cpu", dtype=DTYPES[dtype], quantised=False)
 
 
 def free_directory(out: str) -> Path:

@@ -17,6 +17,7 @@ from vlmpeft.images import ImageReader, ImageTransform
 from vlmpeft.language import decoder_of
 from vlmpeft.prefix import can_share, generate_shared, shared_length
 from vlmpeft.routed import generating
+from vlmpeft.routing import adapter_of_rows, chosen_rows
 from vlmpeft.template import IMAGE, Encoding, Exchange, ImageSlot, TurnEncoder, parse_question
 from vlmpeft.vlm import VLM
 
@@ -72,14 +73,18 @@ def answer(
     Returns: answers in the order of `requests`; the same texts as one by one.
     """
     read = ImageReader(transform)
-    asked = [_Asked(r, encoder.encode([exchange_of(r)], views=[read.num_views(i) for i in r.images])) for r in requests]
+    asked = [
+        _Asked(r, encoder.encode([exchange_of(r)], views=[read.num_views(i) for i in r.images]), adapter)
+        for r, adapter in zip(requests, _adapters(len(requests)), strict=True)
+    ]
     words = None if contrast is None else tuple(_first_token(encoder, word) for word in contrast)
-    stops = _stops(encoder)
+    stops = stop_tokens(encoder)
     answers: dict[int, Answer] = {}
     model.eval()
     for chosen in _batches(asked, batch_size):
         rows = [asked[i] for i in chosen]
-        tokens, logits = _generate(model, read, rows, max_new_tokens, stops)
+        with chosen_rows(chosen):
+            tokens, logits = _generate(model, read, rows, max_new_tokens, stops)
         margins = [None] * len(rows) if words is None else (logits[:, words[0]] - logits[:, words[1]]).tolist()
         texts = [_text(encoder.tokenizer, row, stops) for row in tokens.tolist()]
         found = [Answer(text, margin) for text, margin in zip(texts, margins, strict=True)]
@@ -89,14 +94,25 @@ def answer(
     return [answers[i] for i in range(len(requests))]
 
 
-class _Asked:
-    """A request, its encoding, and the key that requests with the same images and beginning have in common."""
+def _adapters(requests: int) -> list[int | None]:
+    """The adapter of every request, if `rows_with` gives them. Raises: ModelError M592 for another number of them."""
+    adapter = adapter_of_rows()
+    if adapter is None:
+        return [None] * requests
+    if len(adapter) != requests:
+        message = f"adapters for {len(adapter)} rows, but {requests} requests."
+        raise ModelError("M592", message, "name an adapter, or None, for every request.")
+    return list(adapter.tolist())
 
-    def __init__(self, request: Request, encoding: Encoding) -> None:
+
+class _Asked:
+    """A request, its encoding, and the key that requests with the same images, beginning and adapter have in common."""
+
+    def __init__(self, request: Request, encoding: Encoding, adapter: int | None) -> None:
         self.request, self.encoding = request, encoding
         images = tuple(str(image) if isinstance(image, str | Path) else id(image) for image in request.images)
         self.shared = shared_length(encoding)
-        self.key = (images, tuple(encoding.input_ids[: self.shared]))
+        self.key = (images, tuple(encoding.input_ids[: self.shared]), adapter)
 
     @property
     def length(self) -> int:
@@ -113,7 +129,7 @@ def _batches(asked: Sequence[_Asked], batch_size: int) -> list[list[int]]:
     return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
 
 
-def _stops(encoder: TurnEncoder) -> list[int]:
+def stop_tokens(encoder: TurnEncoder) -> list[int]:
     """Tokens that end an answer: the tokenizer's eos and the last token of the template's end."""
     ends = [s for s in encoder.template.segments([Exchange(("q",), "a")], None) if s.kind == "end"]
     return sorted({encoder.tokenizer.eos_token_id, *(encoder.segment_ids(s)[-1] for s in ends)})
@@ -135,10 +151,10 @@ def _generate(
         tokens, logits = generate_shared(model, encodings, keys, views, max_new_tokens, stops)
         return tokens, logits.float()
     views_of = {key: [v for image in request.images for v in read(image)] for key, request in first_of.items()}
-    return _generate_each(model, encodings, [view for key in keys for view in views_of[key]], max_new_tokens, stops)
+    return generate_each(model, encodings, [view for key in keys for view in views_of[key]], max_new_tokens, stops)
 
 
-def _generate_each(
+def generate_each(
     model: VLM, encodings: Sequence[Encoding], views: Sequence[Tensor], max_new_tokens: int, stops: list[int]
 ) -> tuple[Tensor, Tensor]:
     """As `_generate`, through the language model's own `generate`, which every architecture has."""

@@ -39,7 +39,7 @@ class Drift:
         """LoRA layers that train now, by path."""
         trained = self.tuned.trainable()
         layers = [(path, m) for path, m in self.tuned.model.named_modules() if isinstance(m, LoRALinear)]
-        return [(path, layer) for path, layer in layers if _names(path)[0] in trained]
+        return [(path, layer) for path, layer in layers if _names(path)[1] in trained]
 
     @torch.no_grad()
     def add_gradient(self) -> Tensor:
@@ -50,12 +50,14 @@ class Drift:
             away = trained[name] - start
             _add(trained[name], away * self.strength)
             squares.append(away.square().sum())
-        for path, layer in self._adapters():
-            a, b = (trained[name] for name in _names(path))
-            inner, outer = b.mT @ b, a @ a.mT  # (r, r): |B A|^2 = sum(inner * outer), no (d_out, d_in) product
+        for _, layer in self._adapters():
+            a, b = layer.factors()  # (k, d_in), (d_out, k): k = r, or 2 r with what PiSSA took off the base
+            inner, outer = b.mT @ b, a @ a.mT  # (k, k): |B A|^2 = sum(inner * outer), no (d_out, d_in) product
             factor = self.strength * layer.scale**2
-            _add(a, inner @ a * factor)
-            _add(b, b @ outer * factor)
+            r = len(layer.lora_A.weight)
+            if layer.lora_A.weight.requires_grad:
+                _add(layer.lora_A.weight, inner[:r] @ a * factor)
+            _add(layer.lora_B.weight, b @ outer[:, :r] * factor)
             squares.append((inner * outer).sum() * layer.scale**2)
         return torch.stack(squares).sum() * (self.strength / 2)
 
@@ -66,4 +68,6 @@ def _names(path: str) -> tuple[str, str]:
 
 
 def _add(parameter: Tensor, gradient: Tensor) -> None:
+    if not parameter.requires_grad:  # it trains later, and has not moved
+        return
     parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)

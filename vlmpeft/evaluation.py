@@ -35,7 +35,7 @@ class Benchmark:
         module = short if self.by_type else pope
         answers, metrics = module.evaluate(
             bundle, self.questions, self.folder, suffix=config.suffix, batch_size=config.batch_size,
-            max_new_tokens=config.max_new_tokens, blank=blank,
+            max_new_tokens=config.max_new_tokens, ablate="blank" if blank else "none",
         )  # fmt: skip
         return answers, {"name": self.name, **metrics}
 

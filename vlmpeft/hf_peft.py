@@ -14,7 +14,7 @@ from vlmpeft.hf_llava import check_projector
 from vlmpeft.llava_layout import MEMORY, new_name, renamed
 from vlmpeft.tune import Applied
 from vlmpeft.tuners import LoRA
-from vlmpeft.weights import ADAPTER_FILE, PEFT_PREFIX
+from vlmpeft.weights import ADAPTER_FILE, PEFT_PREFIX, peft_tensors
 
 WHERE = "a peft adapter on transformers' LLaVA"
 PROJECTOR = "multi_modal_projector"
@@ -32,7 +32,7 @@ def export_peft(bundle: Bundle, target: Path, base: str) -> None:
     check_projector(bundle)
     check_language(bundle, WHERE)
     one, tuner = _adapter(list(bundle.tuned.applied.values()))
-    tensors: dict[str, Tensor] = dict(one.parameters)
+    tensors: dict[str, Tensor] = peft_tensors(one, bundle.model)
     tensors |= {f"projector.{k}": v for k, v in bundle.model.projector.state_dict().items()}
     modules = [new_name(name, MEMORY).rsplit(".", 2)[0] for name in one.parameters]
     config = tuner.peft_config(base, []) | {"target_modules": pattern(modules), "modules_to_save": [PROJECTOR]}

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Final, Literal, Protocol
 
 Kind = Literal["fixed", "text", "image", "answer", "end"]
@@ -34,11 +34,13 @@ class Segment:
     Args:
         kind: "fixed" is template text, special tokens parsed; "text" a person's; "answer" and "end" are supervised.
         lead: white space the template puts before an answer but not at the end of its generation prompt.
+        user: whether it holds what a user says, alone or (in layouts tokenised whole) with template text around it.
     """
 
     kind: Kind
     text: str = ""
     lead: str = ""
+    user: bool = field(default=False, compare=False)
 
 
 def parse_question(text: str) -> Content:
@@ -60,7 +62,7 @@ def parse_question(text: str) -> Content:
 
 def question_segments(question: Content) -> list[Segment]:
     """Segments of a question's text and images."""
-    return [Segment("text", c) if isinstance(c, str) else Segment("image") for c in question]
+    return [Segment("text", c, user=True) if isinstance(c, str) else Segment("image") for c in question]
 
 
 class Template(Protocol):
@@ -125,7 +127,7 @@ class WholeVicuna:
         out: list[Segment] = []
         before = f"{VICUNA_SYSTEM if system is None else system} USER: "
         for exchange in exchanges:
-            out += _whole((before, *exchange.question, " ASSISTANT:"))
+            out += _whole(before, exchange.question, " ASSISTANT:")
             if exchange.answer is not None:
                 out += [Segment("answer", exchange.answer, lead=" "), Segment("end", self.eos)]
             before = "USER: "
@@ -152,18 +154,20 @@ class Instruct:
         for exchange in exchanges:
             if out and self.begin:
                 out.append(Segment("fixed", self.begin))
-            out += _whole((before, *exchange.question, " [/INST]"))
+            out += _whole(before, exchange.question, " [/INST]")
             if exchange.answer is not None:
                 out += [Segment("answer", exchange.answer + " ", lead=" "), Segment("end", self.eos)]
             before = "[INST] "
         return out
 
 
-def _whole(content: Iterable[str | ImageSlot]) -> Iterator[Segment]:
-    """Segments of content with every run of texts joined into one."""
-    for is_text, run in itertools.groupby(content, key=lambda c: isinstance(c, str)):
+def _whole(before: str, question: Content, after: str) -> Iterator[Segment]:
+    """Segments of a question and the template text around it, with every run of texts joined into one."""
+    pieces: list[tuple[str | ImageSlot, bool]] = [(before, False), *((c, True) for c in question), (after, False)]
+    for is_text, run in itertools.groupby(pieces, key=lambda piece: isinstance(piece[0], str)):
         if is_text:
-            yield Segment("text", "".join(c for c in run if isinstance(c, str)))
+            texts = list(run)
+            yield Segment("text", "".join(c for c, _ in texts if isinstance(c, str)), user=any(u for _, u in texts))
         else:
             yield from (Segment("image") for _ in run)
 

@@ -22,12 +22,13 @@ from tqdm import tqdm
 from vlmpeft import checkpoint, fs, resume, sharding
 from vlmpeft.build import Bundle, enter_stage
 from vlmpeft.data import Loaded, Samples, load_batches, micro_batches
+from vlmpeft.diagnose import Diagnosis
 from vlmpeft.distributed import any_process, total
 from vlmpeft.drift import Drift
 from vlmpeft.errors import EnvironmentFault, NumericError
-from vlmpeft.forward import checkpoint_activations, held_out_loss, loss_of
+from vlmpeft.forward import before_step, calibrate, checkpoint_activations, held_out_loss, loss_of
 from vlmpeft.manifest import verify
-from vlmpeft.optim import adamw, lr_factor, parameter_groups, set_lr
+from vlmpeft.optim import lr_factor, make_optimizer, parameter_groups, set_lr
 from vlmpeft.recipe import RunConfig, Stage
 from vlmpeft.resume import Position
 from vlmpeft.stage import StageData, StageResult, counter_seed, planned, total_steps
@@ -54,14 +55,16 @@ class StageTrainer:
         self.run_dir, self.accelerator, self.position, self.facts = run_dir, accelerator, position, facts
         enter_stage(bundle, stage)
         checkpoint_activations(bundle.model.language, stage.gradient_checkpointing)
+        calibrate(accelerator, bundle.tuned, data, run.seed)
         self.sharded = sharding.wanted(accelerator)
         if self.sharded:
             sharding.shard(bundle.tuned, accelerator)
         self.drift = Drift(bundle.tuned, stage.optim.l2_sp) if stage.optim.l2_sp else None
         groups = parameter_groups(bundle.tuned, stage.optim.lr, stage.optim.weight_decay)
-        self.optimizer = adamw(groups, stage.optim.betas, stage.optim.eps)
+        self.optimizer = make_optimizer(groups, stage.optim, accelerator.device)
         self.total = total_steps(stage, data.epoch)
         self.samples = Samples(data.train, data.load)
+        self.diagnosis = Diagnosis(bundle, stage, data, accelerator, self._log)
 
     def resume(self, directory: Path) -> None:
         """Bring back the optimizer, and what L2-SP starts from, of a checkpoint written inside this stage."""
@@ -80,11 +83,12 @@ class StageTrainer:
         over = self._is_over() if self.position.evaluated else self._after_step(model, stop)
         first = self.position.step
         shares = self._shares(first, first if over else self.total)
-        indices = [forward for share in shares for forward in share]
-        batches = load_batches(self.samples, indices, self.data.workers, self.accelerator.device.type == "cuda")
+        indices, pin = [forward for share in shares for forward in share], self.accelerator.device.type == "cuda"
+        batches = load_batches(self.samples, indices, self.data.workers, pin)
         silent = not self.accelerator.is_main_process
         with tqdm(total=self.total, initial=first, desc=self.name, unit="step", disable=silent) as bar:
             for step, share in enumerate(shares, start=first):
+                self.diagnosis(model, step)
                 began = time.perf_counter()
                 group = [next(batches) for _ in share]
                 factor = lr_factor(step, self.total, self.stage.optim.warmup, self.stage.optim.schedule)
@@ -98,12 +102,12 @@ class StageTrainer:
                 )  # fmt: skip
                 if (step + 1) % self.run.log_every == 0 or step + 1 == self.total:
                     speed = self._tokens(group) / (time.perf_counter() - began)
-                    rates = {"lr": max(lrs.values()), "lrs": lrs}
-                    self._log(loss=loss, **rates, grad_norm=found.pop("grad_norm"), tokens_per_s=speed, **found)
+                    self._log(loss=loss, lr=max(lrs.values()), lrs=lrs, tokens_per_s=speed, **found)
                 bar.set_postfix(loss=f"{loss:.3f}", lr=f"{max(lrs.values()):.1e}", refresh=False)
                 bar.update()
                 if self._after_step(model, stop):
                     break
+        self.diagnosis(model, self.position.step, last=True)
         if not self.sharded:
             self.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
         self.accelerator.free_memory()
@@ -115,7 +119,8 @@ class StageTrainer:
         """Model and optimizer for this process: with DDP where there are several and the model is not sharded."""
         if self.sharded:
             return self.bundle.model, self.optimizer
-        return self.accelerator.prepare(self.bundle.model, self.optimizer)
+        placed = [True, False]  # the optimizer's state is in its place; accelerate would copy it, out of its pages
+        return self.accelerator.prepare(self.bundle.model, self.optimizer, device_placement=placed)
 
     def _shares(self, first: int, last: int) -> list[list[list[int]]]:
         """This process's forwards of each step: sample indices."""
@@ -129,6 +134,7 @@ class StageTrainer:
     def _step(self, model: Any, optimizer: Any, group: list[Loaded], step: int) -> dict[str, Any]:
         """One optimizer step. Returns: loss per supervised token, gradient norm before clipping, supervised tokens."""
         model.train()
+        before_step(self.accelerator, self.bundle.tuned, step)
         supervised = int(total(self.accelerator, sum(g.batch.num_supervised for g in group)))
         try:
             value = self._gradients(model, group, step, supervised)
@@ -215,8 +221,7 @@ class StageTrainer:
 
         Raises: NumericError N301 if it is not finite.
         """
-        stopping = lambda: self._stopping(stop)  # noqa: E731
-        loss = held_out_loss(self.accelerator, model, self.data, self.stage.batch.micro, stopping)
+        loss = held_out_loss(self.accelerator, model, self.data, self.stage.batch.micro, lambda: self._stopping(stop))
         if loss is not None and not math.isfinite(loss):
             message = f"stage {self.name} step {self.position.step}: held-out loss {loss}."
             raise NumericError("N301", message, "lower optim.lr, or set optim.clip=1.0; the last checkpoint is good.")

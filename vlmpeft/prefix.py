@@ -14,7 +14,7 @@ from torch import Tensor
 from vlmpeft.batch import IMAGE_TOKEN_ID, collate
 from vlmpeft.language import hidden_states, logits_of, takes_positions
 from vlmpeft.routed import routed
-from vlmpeft.routing import position_ids, text_routing
+from vlmpeft.routing import chosen_rows, position_ids, text_routing
 from vlmpeft.template import Encoding
 from vlmpeft.vlm import VLM
 
@@ -92,9 +92,11 @@ def _read_prefixes(
     prefixes = [_part(different[key], 0, shared_length(different[key])) for key in order]
     batch = collate(prefixes, views, side="left").to(model.language.get_input_embeddings().weight.device)
     cache = DynamicCache(config=model.language.config)
-    routing, embeddings = model.embed(batch.input_ids, batch.attention_mask, batch.labels, batch.pixel_values)
+    positions = position_ids(batch.attention_mask, None)
+    with chosen_rows([keys.index(key) for key in order]):
+        routing, embeddings = model.embed(batch.input_ids, batch.attention_mask, batch.labels, batch.pixel_values)
     with routed(routing):
-        hidden_states(model.language, embeddings, batch.attention_mask, position_ids(batch.attention_mask, None), cache)
+        hidden_states(model.language, embeddings, batch.attention_mask, positions, cache)
     index = torch.tensor([order.index(key) for key in keys], device=batch.input_ids.device)
     cache.batch_select_indices(index)
     return cache, batch.attention_mask[index]

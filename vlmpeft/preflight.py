@@ -10,11 +10,14 @@ from torch import Tensor
 
 from vlmpeft.build import Bundle
 from vlmpeft.data_config import DataFile
-from vlmpeft.errors import ConfigError
+from vlmpeft.errors import ConfigError, EnvironmentFault
 from vlmpeft.features import cache_features
 from vlmpeft.images import ImageReader
 from vlmpeft.mixture import split_held_out, supervised_share
+from vlmpeft.optim import check_optimizer, optimizer_note
 from vlmpeft.prepare import Preparation, Prepared, prepare
+from vlmpeft.quant import check_quant
+from vlmpeft.quant_memory import quantised_bytes
 from vlmpeft.recipe import Recipe
 from vlmpeft.stage import StageData
 from vlmpeft.trackers import check_trackers
@@ -30,8 +33,9 @@ def data_files(recipe: Recipe, stage: str) -> tuple[DataFile, ...]:
 def check_recipe(recipe: Recipe) -> None:
     """What can be wrong without a model is found before anything is written.
 
-    Raises: ConfigError C106, C110; and as `check_trackers`.
+    Raises: ConfigError C106, C110; EnvironmentFault E410; and as `check_trackers`.
     """
+    check_quant(recipe.quant)
     for name, stage in recipe.stages.items():
         key = f"data.{stage.source}"
         if getattr(recipe.data, stage.source) is None:
@@ -39,6 +43,7 @@ def check_recipe(recipe: Recipe) -> None:
             raise ConfigError("C106", message, f"write {key}=FILE data.images=DIR.")
         if not stage.tuners:
             raise ConfigError("C106", f"stage {name} trains nothing.", "give it a tuner, for example lora.r=16.")
+        check_optimizer(stage.optim.name)
         for file in data_files(recipe, name):
             if not Path(file.path).exists():
                 raise ConfigError("C110", f"{key}={file.path}: no such file.", f"check {key}.")
@@ -47,6 +52,23 @@ def check_recipe(recipe: Recipe) -> None:
     if recipe.data.images and not Path(recipe.data.images).is_dir():
         raise ConfigError("C110", f"data.images={recipe.data.images}: no such folder.", "check data.images.")
     check_trackers(recipe.run.trackers)
+
+
+def refuse_sharded(recipe: Recipe) -> None:
+    """Raise EnvironmentFault E433 for what FSDP2 cannot spread: it cuts tensors along their first axis."""
+    ours = [f"stages.{name}.optim.name={s.optim.name}" for name, s in recipe.stages.items() if s.optim.name != "adamw"]
+    found = ([f"quant.bits={recipe.quant.bits}"] if recipe.quant.bits else []) + ours
+    if found:
+        message = f"{found[0]} keeps blocks of values under one scale, which FSDP2 would cut apart."
+        raise EnvironmentFault("E433", message, "launch with recipes/launch/ddp.yaml.")
+
+
+def start_lines(bundle: Bundle, device: str) -> list[str]:
+    """What a run says of quantised weights and of its optimizers before it starts."""
+    quant, stages = bundle.recipe.quant, bundle.recipe.stages.values()
+    lines = [quant.line(device), quantised_bytes(bundle.model).line()] if quant.bits else []
+    notes = dict.fromkeys(optimizer_note(stage.optim.name, device) for stage in stages)
+    return lines + [note for note in notes if note is not None]
 
 
 def prepare_stages(bundle: Bundle, directory: Path, say: Say) -> tuple[dict[str, StageData], dict[str, Any]]:

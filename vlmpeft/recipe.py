@@ -8,6 +8,8 @@ from typing import Any, Literal
 
 from vlmpeft.data_config import DataConfig as DataConfig
 from vlmpeft.data_config import DataFile as DataFile
+from vlmpeft.diagnose_config import DiagnoseConfig as DiagnoseConfig
+from vlmpeft.quant import QuantConfig as QuantConfig
 from vlmpeft.tuners.base import Tuner, check
 
 
@@ -68,10 +70,11 @@ class ProjectorConfig:
 class OptimConfig:
     """AdamW and its schedule.
 
-    lr: of tuners without one of their own. clip: gradient norm, null for none. steps: null trains `epochs`. l2_sp: pull
-    towards the starting weights, 0 for none; see `drift`.
+    name: torch's AdamW, or one of bitsandbytes; see `optim`. lr: of tuners without one of their own. clip: gradient
+    norm, null for none. steps: null trains `epochs`. l2_sp: pull towards the starting weights, 0 for none; see `drift`.
     """
 
+    name: Literal["adamw", "adamw8bit", "paged_adamw8bit", "paged_adamw32bit"] = "adamw"
     lr: float = 2e-4
     weight_decay: float = 0.0
     betas: tuple[float, float] = (0.9, 0.999)
@@ -232,12 +235,14 @@ class Recipe:
     vision: VisionConfig
     language: LanguageConfig
     stages: Mapping[str, Stage]
+    quant: QuantConfig = field(default_factory=QuantConfig)
     tokens: TokensConfig = field(default_factory=TokensConfig)
     projector: ProjectorConfig = field(default_factory=ProjectorConfig)
     data: DataConfig = field(default_factory=DataConfig)
     align: AlignConfig = field(default_factory=AlignConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     retention: RetentionConfig = field(default_factory=RetentionConfig)
+    diagnose: DiagnoseConfig = field(default_factory=DiagnoseConfig)
     run: RunConfig = field(default_factory=RunConfig)
     init: str | None = None
     imports: tuple[str, ...] = ()

@@ -7,6 +7,7 @@ from html import escape
 from statistics import median
 
 from vlmpeft.charts import Point, Series, line_chart, number, smooth
+from vlmpeft.report_attention import attention
 from vlmpeft.report_data import Row, Run, dicts, duration, figure, interval, num, percent
 
 GROUPS = 6  # most learning rates drawn
@@ -132,7 +133,7 @@ def _stage(run: Run, name: str, stage: Row) -> str:
     return (
         f"<h3>{escape(name)} <small>{escape(' · '.join(facts))}</small></h3>"
         f'<div class="card"><figure class="wide">{hero[0]}</figure><figure class="narrow">{hero[1]}</figure>'
-        f'<div class="small">{figures}</div></div>'
+        f'<div class="small">{figures}</div>{attention(run, name)}</div>'
     )
 
 

@@ -38,6 +38,11 @@ def current_routing() -> Routing:
     return routing
 
 
+def find_routing() -> Routing | None:
+    """The routing of the forward that runs, if it has one."""
+    return _CURRENT.get()
+
+
 @contextlib.contextmanager
 def routed(routing: Routing | None) -> Iterator[None]:
     """Make `routing` the current one inside a `with` block."""

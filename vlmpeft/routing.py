@@ -2,13 +2,41 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from vlmpeft.batch import IGNORE
+
+_ADAPTER: ContextVar[Tensor | None] = ContextVar("adapter", default=None)
+
+
+def adapter_of_rows() -> Tensor | None:
+    """(b,) index of the adapter of every row of the forwards that run now; None if all rows use the same."""
+    return _ADAPTER.get()
+
+
+@contextlib.contextmanager
+def rows_with(adapter: Tensor | None) -> Iterator[None]:
+    """Forwards inside a `with` block use an adapter of its own for every row. Args: adapter: (b,), on the CPU."""
+    token = _ADAPTER.set(adapter)
+    try:
+        yield
+    finally:
+        _ADAPTER.reset(token)
+
+
+@contextlib.contextmanager
+def chosen_rows(numbers: Sequence[int]) -> Iterator[None]:
+    """Of rows that have adapters of their own, only these come inside a `with` block, in this order."""
+    adapter = adapter_of_rows()
+    with rows_with(None if adapter is None else adapter[list(numbers)]):
+        yield
 
 
 @dataclass(frozen=True)
@@ -20,7 +48,7 @@ class Routing:
         text: all other real tokens.
         answer: tokens the assistant wrote (labels != IGNORE); None without labels.
         predict: positions whose next token is an answer token, for the loss; None without labels.
-        adapter: (b,) int64 index of the adapter a row uses; None where all rows use the same.
+        adapter: (b,) int64 index of the adapter a row uses, on the CPU; None where all rows use the same.
         instruction: what the user says, of the text; None where turns are not known.
         images: (views, tokens of each) that the batch shows, where the host knows it.
         memo: what acts on this forward keeps here what it computes once for all layers.
@@ -30,10 +58,35 @@ class Routing:
     text: Tensor
     answer: Tensor | None = None
     predict: Tensor | None = None
-    adapter: Tensor | None = None
+    adapter: Tensor | None = field(default_factory=adapter_of_rows)
     instruction: Tensor | None = None
     images: tuple[int, int] | None = None
     memo: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
+
+    def rows_of(self, adapter: int) -> Rows | None:
+        """The rows that use an adapter, found once a forward; None if none does."""
+        if self.adapter is None:
+            return None
+        if ("rows", adapter) not in self.memo:
+            numbers = (self.adapter == adapter).nonzero().squeeze(1)
+            self.memo["rows", adapter] = self._rows(numbers) if len(numbers) else None
+        found: Rows | None = self.memo["rows", adapter]
+        return found
+
+    def _rows(self, numbers: Tensor) -> Rows:
+        at = numbers.to(self.visual.device)
+        masks = (self.visual, self.text, self.answer, self.predict)
+        visual, text, answer, predict = (None if mask is None else mask[at] for mask in masks)
+        instruction = None if self.instruction is None else self.instruction[at]
+        adapter = None if self.adapter is None else self.adapter[numbers]
+        return Rows(at, Routing(visual, text, answer, predict, adapter, instruction))  # type: ignore[arg-type]
+
+
+class Rows(NamedTuple):
+    """Some rows of a batch: their numbers (n,), and the routing of a batch of these alone."""
+
+    numbers: Tensor
+    routing: Routing
 
 
 def routing_of(

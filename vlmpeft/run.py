@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 from tqdm import tqdm
 
-from vlmpeft import checkpoint, evaluation, fs, retention, workspace
+from vlmpeft import checkpoint, evaluation, fs, retention, sharding, workspace
 from vlmpeft.align import align
 from vlmpeft.build import Bundle, assemble, choose_device, choose_dtype
 from vlmpeft.config import to_yaml
@@ -21,7 +21,7 @@ from vlmpeft.errors import PREEMPTED
 from vlmpeft.loop import StageTrainer
 from vlmpeft.manifest import verify, versions
 from vlmpeft.parts import table_text
-from vlmpeft.preflight import check_recipe, prepare_stages
+from vlmpeft.preflight import check_recipe, prepare_stages, refuse_sharded, start_lines
 from vlmpeft.recipe import Recipe
 from vlmpeft.report import write_report
 from vlmpeft.resume import Position, checkpoints, position_of, save_checkpoint
@@ -85,7 +85,11 @@ class Run:
             self.accelerator.init_trackers(self.recipe.run.project, config=config)
             title, kind = self.recipe.title or "run", str(self.dtype).removeprefix("torch.")
             self._say(f"{title}: {self.accelerator.device.type}, {kind}, into {self.dir}")
+            if sharding.wanted(self.accelerator):
+                refuse_sharded(self.recipe)
             bundle, position, found = self._bundle()
+            for line in start_lines(bundle, self.accelerator.device.type):
+                self._say(line)
             stages, facts = prepare_stages(bundle, self.dir, self._say)
             if found is not None:
                 workspace.check_data(found, facts)

@@ -14,8 +14,8 @@ from vlmpeft.schema import build, convert, unknown_key
 from vlmpeft.tuners import TUNERS, Full, TokenRows, Tuner
 
 COMMON = (
-    "title", "imports", "init", "vision", "language", "tokens", "projector", "data", "align", "eval", "retention",
-    "run",
+    "title", "imports", "init", "vision", "language", "quant", "tokens", "projector", "data", "align", "eval",
+    "retention", "diagnose", "run",
 )  # fmt: skip
 STAGE = ("source", "template", "system", "turns", "gradient_checkpointing", "tuners", "optim", "batch")
 Plain = dict[str, Any]

@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from vlmpeft.errors import EnvironmentFault
 from vlmpeft.tune import Applied, Tuned
+from vlmpeft.weights import with_frozen
 
 
 def wanted(accelerator: Accelerator) -> bool:
@@ -84,7 +85,8 @@ def whole(tuned: Tuned, keep: bool = False) -> Iterator[None]:
         if isinstance(module, FSDPModule):
             module.reshard()  # a forward without backward leaves the outermost unit together
     projector = {id(p) for p in tuned.parts.projector.parameters()}
-    names = tuned.tuned_names() | {n for n, p in tuned.model.named_parameters() if id(p) in projector}
+    held = {n for applied in tuned.applied.values() for n in with_frozen(applied, tuned.model)}
+    names = held | {n for n, p in tuned.model.named_parameters() if id(p) in projector}
     standing = dict(tuned.model.named_parameters())
     pieces = {n: p for n in sorted(names) if isinstance(p := standing[n], DTensor)}
     copies = {n: nn.Parameter(gathered(p).detach().cpu(), p.requires_grad) for n, p in pieces.items()}

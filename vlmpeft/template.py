@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 from vlmpeft.batch import IGNORE, IMAGE_TOKEN_ID
@@ -28,20 +28,23 @@ REMEMBERED = 50_000  # texts whose ids are kept: a data set asks the same questi
 
 @dataclass(frozen=True)
 class Encoding:
-    """A conversation as ids. Three lists of one length.
+    """A conversation as ids. Lists of one length.
 
     Args:
         input_ids: IMAGE_TOKEN_ID at image tokens.
         labels: IGNORE where no loss.
         turns: see `Batch.turns`.
+        user: what a user says (see `Segment.user`); empty where nobody knows.
     """
 
     input_ids: list[int] = field(default_factory=list)
     labels: list[int] = field(default_factory=list)
     turns: list[int] = field(default_factory=list)
+    user: list[bool] = field(default_factory=list, compare=False)
 
-    def add(self, ids: Sequence[int], supervised: bool, turn: int) -> None:
+    def add(self, ids: Sequence[int], supervised: bool, turn: int, user: bool = False) -> None:
         """Append ids with the same rule."""
+        self.user.extend([user] * len(ids))
         self.input_ids.extend(ids)
         self.labels.extend(ids if supervised else [IGNORE] * len(ids))
         self.turns.extend([turn] * len(ids))
@@ -151,7 +154,7 @@ class TurnEncoder:
             spaced = bool(out) and out[-1].kind == "fixed" and out[-1].text.endswith(" ")
             if spaced and segment.kind != "image" and (self.space_merges or segment.kind == "text"):
                 out[-1] = Segment("fixed", out[-1].text[:-1])
-                segment = segment if self.space_merges else Segment("text", " " + segment.text)
+                segment = segment if self.space_merges else replace(segment, text=" " + segment.text)
             out.append(segment)
         if self.space_merges and out[-1].kind == "fixed":  # where generation starts: as before an answer
             out[-1] = Segment("fixed", out[-1].text.removesuffix(" "))
@@ -181,7 +184,7 @@ class TurnEncoder:
         """Add segments to an encoding; an image takes `image_tokens` for each of its views."""
         for segment in segments:
             ids = self.segment_ids(segment) * (next(views) if segment.kind == "image" else 1)
-            out.add(ids, segment.kind in ("answer", "end"), turn)
+            out.add(ids, segment.kind in ("answer", "end"), turn, segment.user)
 
     def _encode_independent(self, exchanges: Sequence[Exchange], views: Iterator[int]) -> Encoding:
         first = exchanges[0].question

@@ -91,9 +91,11 @@ def main(argv: Sequence[str]) -> int:
         print(to_yaml(recipe), end="")
         return 0
     if recipe.run.dry_run:
-        from vlmpeft.build import dry_run
+        from vlmpeft.build import dry_run, dry_weights
 
         print("\n\n".join(table_text(stage, rows) for stage, rows in dry_run(recipe).items()))
+        if recipe.quant.bits:
+            print(f"\n{dry_weights(recipe).line()}")
         return 0
     from vlmpeft.run import Run  # the loop and what it needs load only when the command line has proved right
 

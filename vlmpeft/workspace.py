@@ -209,6 +209,7 @@ def cut_metrics(directory: Path, stages: Sequence[str], position: Position) -> N
             row = json.loads(line)
             at = (list(stages).index(row["stage"]), row["step"])
             here = (position.stage, position.step)
-            if at < here or (at == here and (position.evaluated or "eval_loss" not in row)):
+            again = "visual_mass" in row or (not position.evaluated and "eval_loss" in row)  # made at `here` once more
+            if at < here or (at == here and not again):
                 kept.append(line + "\n")
     fs.write_text(path, "".join(kept))

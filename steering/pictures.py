@@ -1,0 +1,140 @@
+"""Figures of LMAR for papers: ratio and visual mass per layer, attention over a photo. Letters: l layers."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+COLOURS = ("#1f5fa8", "#c8102e", "#2a8c57", "#8a4fa3", "#b8730a", "#4d4d4d")  # told apart in grey and by colour-blind
+MARKERS = ("o", "s", "^", "D", "v", "P")
+STYLE: Any = {  # of matplotlib
+    "font.size": 9, "axes.titlesize": 10, "axes.titleweight": "bold", "axes.titlelocation": "left",
+    "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": "#444444", "axes.linewidth": 0.8,
+    "grid.color": "#dddddd", "grid.linewidth": 0.6, "legend.frameon": False, "savefig.dpi": 200,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Line:
+    """One model's figures, (l,) each, NaN where a layer has none: mean ratio, its 95 % interval, visual mass."""
+
+    name: str
+    ratio: Sequence[float]
+    low: Sequence[float]
+    high: Sequence[float]
+    mass: Sequence[float]
+
+
+def layers_figure(lines: Sequence[Line]) -> bytes:
+    """PNG of LMAR (log axis, a line at 1) and of the attention's share on the image, per layer, models overlaid."""
+    from matplotlib import rc_context
+    from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
+
+    with rc_context(STYLE):
+        figure = _figure(7.2, 3.1)
+        ratio, mass = figure.subplots(1, 2)
+        ratio.axhline(1, color="#444444", linewidth=1, linestyle=(0, (4, 3)), zorder=1)
+        ratio.annotate(
+            "an image token gets as much as a text token", (0.99, 1), (0, 3), xycoords=ratio.get_yaxis_transform(),
+            textcoords="offset points", ha="right", va="bottom", fontsize=7, color="#444444",
+        )  # fmt: skip
+        for number, line in enumerate(lines):
+            layers = range(len(line.ratio))
+            colour = COLOURS[number % len(COLOURS)]
+            look = {"color": colour, "marker": MARKERS[number % len(MARKERS)], "markersize": 3, "linewidth": 1.4}
+            ratio.plot(layers, line.ratio, label=line.name, **look)
+            ratio.fill_between(layers, line.low, line.high, color=colour, alpha=0.18, linewidth=0)
+            mass.plot(layers, [100 * m for m in line.mass], label=line.name, **look)
+        ratio.set(yscale="log", title="LMAR, mean and 95 % interval", ylabel="image / text attention per token")
+        ratio.set_ylim(*_log_limits(lines))
+        ratio.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        ratio.yaxis.set_minor_formatter(NullFormatter())
+        mass.set(title="Visual attention", ylabel="attention on the image, %")
+        mass.set_ylim(0, 1.08 * max(100 * np.nanmax([m for line in lines for m in line.mass]), 1e-6))
+        for axes in (ratio, mass):
+            axes.set_xlabel("layer")
+            axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+            axes.grid(axis="y")
+            axes.set_axisbelow(True)
+        if len(lines) > 1:
+            figure.legend(*ratio.get_legend_handles_labels(), loc="outside upper center", ncols=min(4, len(lines)))
+        return _png(figure)
+
+
+def _log_limits(lines: Sequence[Line]) -> tuple[float, float]:
+    """Of the ratios and 1, with room above for the note at 1."""
+    values = [v for line in lines for row in (line.ratio, line.low, line.high) for v in row if v > 0]
+    low, high = min([1.0, *values]), max([1.0, *values])
+    return low / 1.3, high * max(1.3, (high / low) ** 0.12)
+
+
+@dataclass(frozen=True)
+class Heat:
+    """Attention over a photo. weights: (rows, columns) of shares. box: what of the photo they cover, in its pixels."""
+
+    title: str
+    weights: Any
+    box: tuple[float, float, float, float]
+
+
+def heat_figure(photo: Image.Image, heats: Sequence[Heat], caption: str) -> bytes:
+    """PNG of a photo beside itself under each heat map, all on one scale that ends at the 98th percentile.
+
+    A single token that many heads rest on (a sink) would otherwise leave the rest of the scale empty.
+    Args: caption: the question and the answer, with the token that is explained.
+    """
+    from matplotlib import rc_context
+
+    with rc_context(STYLE):
+        panels = len(heats) + 1
+        height = 2.3 * min(1.6, photo.height / photo.width)
+        figure = _figure(2.35 * panels + 0.5, height + 0.75)
+        first, *others = figure.subplots(1, panels, squeeze=False)[0]
+        most = max(100 * float(np.percentile(np.stack([heat.weights for heat in heats]), 98)), 1e-6)
+        first.imshow(photo)
+        first.set_title("image")
+        for axes, heat in zip(others, heats, strict=True):
+            axes.imshow(np.asarray(photo.convert("L")), cmap="gray", vmin=0, vmax=255)
+            percent = _upsampled(heat, photo.size)
+            shown = axes.imshow(percent, cmap="turbo", vmin=0, vmax=most, alpha=0.1 + 0.6 * (percent / most).clip(0, 1))
+            axes.set_title(heat.title)
+        for axes in (first, *others):
+            axes.set_axis_off()
+        bar = figure.colorbar(shown, ax=others, fraction=0.05, pad=0.02, shrink=0.92, extend="max")
+        bar.set_label("% of the attention, per image token", fontsize=7)
+        bar.ax.tick_params(labelsize=7)
+        bar.solids.set_alpha(1)
+        bar.outline.set_visible(False)
+        figure.supxlabel(caption, fontsize=8)
+        return _png(figure)
+
+
+def _upsampled(heat: Heat, size: tuple[int, int]) -> Any:
+    """The weights in percent, bicubic, over the whole photo; 0 where the model is not shown it."""
+    left, top, right, bottom = heat.box
+    side = max(round(right - left), 1), max(round(bottom - top), 1)
+    grid = Image.fromarray(np.asarray(heat.weights, np.float32) * 100)
+    covered = np.asarray(grid.resize(side, Image.Resampling.BICUBIC)).clip(0)
+    canvas = np.zeros((size[1], size[0]), np.float32)
+    x, y = round(left), round(top)
+    inside = canvas[max(y, 0) : y + side[1], max(x, 0) : x + side[0]]
+    inside[:] = covered[max(-y, 0) :, max(-x, 0) :][: inside.shape[0], : inside.shape[1]]
+    return canvas
+
+
+def _figure(width: float, height: float) -> Any:
+    """An empty figure that no window system and no global state knows of."""
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def _png(figure: Any) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", metadata={"Software": None})  # the same figures give the same bytes
+    return buffer.getvalue()
