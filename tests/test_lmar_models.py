@@ -14,9 +14,7 @@ from vlmpeft import tune
 from vlmpeft.errors import ModelError
 from vlmpeft.forward import checkpoint_activations
 from vlmpeft.parts import Parts, parts_of
-from vlmpeft.routing import routing_of
 from vlmpeft.steering import MoReS, lmar
-from vlmpeft.steering.attention import asked_of
 from vlmpeft.steering.probe import image_attention
 from vlmpeft.vlm import VLM
 
@@ -293,11 +291,3 @@ def test_a_model_described_by_hand_is_read_too() -> None:
     with torch.no_grad(), lmar(model, parts) as probe:
         model(input_ids=ids, pixel_values=torch.randn(1, 3, 8, 8))
     assert probe.ratio().shape == (1,)  # of the blocks that are named
-
-
-def test_the_query_that_predicts_an_answers_first_token_stands_before_it() -> None:
-    inputs = batch("right")
-    routing = routing_of(inputs["input_ids"], inputs["attention_mask"], inputs["labels"], IMAGE_ID)
-    asked = asked_of(routing, "prompt", "output", 0)
-    rows = [row[real].tolist() for row, real in zip(asked.rows, asked.real, strict=True)]
-    assert rows == [[8, 9], [11, 12, 13]]
