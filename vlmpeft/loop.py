@@ -94,7 +94,7 @@ class StageTrainer:
                 factor = lr_factor(step, self.total, self.stage.optim.warmup, self.stage.optim.schedule)
                 lrs = set_lr(self.optimizer, factor)
                 found = self._step(model, optimizer, group, step)
-                loss = found.pop("loss")
+                loss, norm = found.pop("loss"), found.pop("grad_norm")
                 self.position = replace(
                     self.position, step=step + 1, total=self.position.total + 1, loss=loss,
                     evaluated=not self._evaluation_due(step + 1), seconds=time.perf_counter() - started,
@@ -102,7 +102,7 @@ class StageTrainer:
                 )  # fmt: skip
                 if (step + 1) % self.run.log_every == 0 or step + 1 == self.total:
                     speed = self._tokens(group) / (time.perf_counter() - began)
-                    self._log(loss=loss, lr=max(lrs.values()), lrs=lrs, tokens_per_s=speed, **found)
+                    self._log(loss=loss, lr=max(lrs.values()), lrs=lrs, grad_norm=norm, tokens_per_s=speed, **found)
                 bar.set_postfix(loss=f"{loss:.3f}", lr=f"{max(lrs.values()):.1e}", refresh=False)
                 bar.update()
                 if self._after_step(model, stop):
