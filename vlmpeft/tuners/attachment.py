@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 BASE = "base_layer."  # what an attachment that wraps a layer keeps it under
 
@@ -51,3 +52,48 @@ class Attachment(nn.Module):
     def own_modules(self) -> list[nn.Module]:
         """Every module below it but the layer it wraps and what is in it; a linear layer's base counts as its own."""
         return [m for k, m in self.named_modules() if k and (self.wraps_linear or not f"{k}.".startswith(BASE))]
+
+
+class WeightUpdate(Attachment):
+    """An attachment around one layer, whose effect is an update of that layer's weight."""
+
+    base_layer: nn.Module
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.merged_from: Tensor | None = None  # the base weight as it was before `merge`
+
+    @property
+    def weight(self) -> Tensor:
+        """The base's weight."""
+        weight: Tensor = self.base_layer.weight  # type: ignore[assignment]
+        return weight
+
+    @property
+    def merged(self) -> bool:
+        """Whether the base weight holds the update."""
+        return self.merged_from is not None
+
+    def delta(self) -> Tensor:
+        """What it adds to the base weight, in fp32."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        """Fold the update into the base weight; `unmerge` brings the old weight back bit for bit."""
+        weight = self.weight
+        if self.merged_from is None:
+            self.merged_from = weight.detach().clone()
+            weight.copy_(weight + self.delta())  # the sum in fp32 or wider, rounded once
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """Undo `merge`."""
+        if self.merged_from is not None:
+            self.weight.copy_(self.merged_from)
+            self.merged_from = None
+
+    def settle(self) -> None:
+        """Merge for good: the old weight is forgotten."""
+        self.merge()
+        self.merged_from = None

@@ -14,17 +14,19 @@ from torch import Tensor, nn
 
 from vlmpeft.errors import ModelError
 from vlmpeft.parts import Parts, path_of
-from vlmpeft.tuners.attachment import Attachment
+from vlmpeft.tuners.attachment import WeightUpdate
 from vlmpeft.tuners.base import TUNERS, check
 from vlmpeft.tuners.peft_folder import check_settings, peft_settings
 from vlmpeft.tuners.targets import replace_module
 
 
-class LoRAEmbedding(Attachment):
+class LoRAEmbedding(WeightUpdate):
     """base(ids) + scale * B A[:, ids], with A (r, v) from zero and B (d, r) normal, in fp32: it starts as its base.
 
     Args: tied: whether the head shares the base's weight, so that merging would change the head, too.
     """
+
+    base_layer: nn.Embedding
 
     def __init__(self, base: nn.Embedding, r: int, scale: float, tied: bool) -> None:
         super().__init__()
@@ -33,22 +35,11 @@ class LoRAEmbedding(Attachment):
         self.lora_embedding_A = nn.Parameter(torch.zeros(r, base.num_embeddings, **options))
         self.lora_embedding_B = nn.Parameter(torch.randn(base.embedding_dim, r, **options))
         self.times = float(getattr(base, "scalar_embed_scale", 1.0))  # Gemma's embedding multiplies what it looks up
-        self.merged_from: Tensor | None = None
-
-    @property
-    def weight(self) -> Tensor:
-        """The base's weight, (v, d)."""
-        return self.base_layer.weight
 
     @property
     def unmergeable(self) -> str:
         """See `Attachment.unmergeable`."""
         return "the head shares the embedding's weight and would change with it" if self.tied else ""
-
-    @property
-    def merged(self) -> bool:
-        """See `Attachment.merged`."""
-        return self.merged_from is not None
 
     def forward(self, ids: Tensor) -> Tensor:
         """(b, s) -> (b, s, d)."""
@@ -61,25 +52,6 @@ class LoRAEmbedding(Attachment):
     def delta(self) -> Tensor:
         """scale * (B A)^T, (v, d), fp32."""
         return (self.lora_embedding_B @ self.lora_embedding_A).T * self.scale
-
-    @torch.no_grad()
-    def merge(self) -> None:
-        """See `Attachment.merge`."""
-        if self.merged_from is None:
-            self.merged_from = self.weight.detach().clone()
-            self.weight.copy_(self.weight + self.delta())
-
-    @torch.no_grad()
-    def unmerge(self) -> None:
-        """See `Attachment.unmerge`."""
-        if self.merged_from is not None:
-            self.weight.copy_(self.merged_from)
-            self.merged_from = None
-
-    def settle(self) -> None:
-        """See `Attachment.settle`."""
-        self.merge()
-        self.merged_from = None
 
     def take_out(self, model: nn.Module, path: str) -> None:
         """Put the base back in its place."""

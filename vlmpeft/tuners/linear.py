@@ -14,7 +14,7 @@ from vlmpeft.parts import Parts
 from vlmpeft.quant_weight import is_quantised
 from vlmpeft.routed import RoutedModel, current_routing, find_routing, route, routed
 from vlmpeft.routing import Routing
-from vlmpeft.tuners.attachment import Attachment
+from vlmpeft.tuners.attachment import Attachment, WeightUpdate
 from vlmpeft.tuners.base import check, check_part
 from vlmpeft.tuners.targets import find_linears, is_linear, replace_module
 
@@ -61,7 +61,7 @@ class Slot:
     active: bool = False
 
 
-class AdaptedLinear(Attachment):
+class AdaptedLinear(WeightUpdate):
     """A linear layer that keeps its base as `base_layer` and adds something of its own; see the tuners for what.
 
     Args:
@@ -77,17 +77,6 @@ class AdaptedLinear(Attachment):
         self.base_layer, self.where = base, where
         self.routed: RoutedModel | None = None  # what tells where the image is, if `where` asks for it
         self.slot: Slot | None = None  # its place in a pool, where it is in one
-        self.merged_from: Tensor | None = None  # the base weight as it was before `merge`
-
-    @property
-    def merged(self) -> bool:
-        """Whether the base weight holds the update."""
-        return self.merged_from is not None
-
-    @property
-    def weight(self) -> Tensor:
-        """The base's weight, (d_out, d_in)."""
-        return self.base_layer.weight
 
     @property
     def in_features(self) -> int:
@@ -152,30 +141,6 @@ class AdaptedLinear(Attachment):
         kind = x.device.type
         autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
         return x if autocast else x.float()
-
-    def delta(self) -> Tensor:
-        """What the adapter adds to the base weight, (d_out, d_in)."""
-        raise NotImplementedError
-
-    @torch.no_grad()
-    def merge(self) -> None:
-        """Fold the update into the base weight; `unmerge` brings the old weight back bit for bit."""
-        weight = self.weight
-        if self.merged_from is None:
-            self.merged_from = weight.detach().clone()
-            weight.copy_(weight + self.delta())  # the sum in fp32 or wider, rounded once
-
-    @torch.no_grad()
-    def unmerge(self) -> None:
-        """Undo `merge`."""
-        if self.merged_from is not None:
-            self.weight.copy_(self.merged_from)
-            self.merged_from = None
-
-    def settle(self) -> None:
-        """Merge for good: the old weight is forgotten."""
-        self.merge()
-        self.merged_from = None
 
     def take_out(self, model: nn.Module, path: str) -> None:
         """Put the base back in its place."""
