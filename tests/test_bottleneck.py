@@ -7,12 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from families import FAMILIES
 from tiny_models import changed, hf_inputs, hf_llava, our_inputs, our_vlm, randomise, state_of
 from torch import Tensor, nn
 
 from vlmpeft import tune
 from vlmpeft.errors import ConfigError, ModelError
-from vlmpeft.parts import parts_of
+from vlmpeft.parts import Parts, parts_of
 from vlmpeft.tuners import BottleneckAdapter, LoRA
 from vlmpeft.tuners.bottleneck import Bottleneck, parameter_count
 
@@ -225,6 +226,16 @@ def test_what_cannot_be_done_is_said() -> None:
     ):
         with pytest.raises(ConfigError, match=f"bottleneck.{key}"):
             BottleneckAdapter(**options)
+
+
+@pytest.mark.parametrize("placement", ["houlsby", "pfeiffer"])
+def test_blocks_without_a_module_for_their_mlp_are_refused_whole(placement: Any) -> None:
+    """Half of the adapters would be another method than the one asked for."""
+    model = FAMILIES["opt"]({"vocab_size": 100})
+    parts = Parts(nn.Identity(), nn.Identity(), model, model.lm_head, list(model.model.decoder.layers), 99)
+    with pytest.raises(ModelError, match=r"M550.*(no module for their MLP|called one of mlp)"):
+        BottleneckAdapter(placement=placement).apply(model, parts)
+    assert not any(isinstance(m, Bottleneck) for m in model.modules())
 
 
 def test_a_module_that_adds_the_residual_itself_is_refused() -> None:

@@ -112,8 +112,11 @@ class BottleneckAdapter:
         Raises: ModelError M550 if there are none to wrap, M551 for one that adds to the residual stream by itself.
         """
         names = MLP if self.placement == "pfeiffer" else (*ATTENTION, *MLP)
+        sites = block_sites(model, parts, self.part, names)
+        if not any(site.path.rsplit(".", 1)[-1] in MLP for site in sites):  # as OPT, whose blocks hold fc1 and fc2
+            raise ModelError("M550", f"the blocks of {self.part} have no module for their MLP.", "use lora or ia3.")
         trained: dict[str, nn.Parameter] = {}
-        for site in block_sites(model, parts, self.part, names):
+        for site in sites:
             adapter = self._adapter(site)
             if self.where != "all":
                 adapter.routed = route(model, parts)
