@@ -1,4 +1,4 @@
-"""What the benchmarks share: arguments, rows, image paths, asking a model, writing results."""
+"""What the benchmarks share: asking a model, writing results, the command as a whole."""
 
 from __future__ import annotations
 
@@ -9,16 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from eval_questions import QUESTIONS, write_pictures
 from PIL import Image
 
 import vlmpeft
 from vlmpeft.decode import Answer, Request
-from vlmpeft.errors import ConfigError, DataError, EvalError, NumericError, VlmpeftError, run_command
+from vlmpeft.errors import NumericError, VlmpeftError, run_command
 from vlmpeft.eval import pope, runner
 from vlmpeft.eval.paths import resolve_images
 from vlmpeft.eval.rows import read_rows, write_json, write_rows
-
-DEFAULTS = {"suffix": "\nBriefly.", "batch_size": 16, "quick": False, "compare": None}
 
 
 class FakeBundle:
@@ -57,197 +56,10 @@ class FakeBundle:
 
 @pytest.fixture
 def images(tmp_path: Path) -> Path:
-    folder = tmp_path / "images"
-    (folder / "sub").mkdir(parents=True)
-    for name, size in {"a.png": (4, 3), "b.png": (4, 3), "sub/c.png": (2, 5)}.items():
-        Image.new("RGB", size, "red").save(folder / name)
-    return folder
+    return write_pictures(tmp_path / "images")
 
 
-QUESTIONS = [
-    {"question_id": 5, "image": "a.png", "text": "Is there a cat?", "label": "yes"},
-    {"question_id": 6, "image": "b.png", "text": "Is there a dog?", "label": "no"},
-    {"question_id": 7, "image": "sub/c.png", "text": "Is there a cow?", "label": "no"},
-    {"question_id": 8, "image": "a.png", "text": "Is there a hat?", "label": "yes"},
-]
 TEXTS = [" Yes\n", "No", "Yes, a cow.", "no"]
-
-
-def parsed(*argv: str) -> dict[str, Any]:
-    return runner.parse_arguments(argv, DEFAULTS, ("model", "out"), "What it does.")
-
-
-def test_arguments_take_the_type_of_their_default() -> None:
-    values = parsed("model=m=1", "out=o", "batch_size=4", "quick=true", r"suffix=\nWhy?")
-    assert values == {**DEFAULTS, "model": "m=1", "out": "o", "batch_size": 4, "quick": True, "suffix": "\nWhy?"}
-    assert parsed("out=o", r"model=C:\new") == {**DEFAULTS, "model": r"C:\new", "out": "o"}  # a path is left alone
-    assert parsed("out=o", "model=m", r"compare=C:\new")["compare"] == r"C:\new"  # nor is an optional one
-    assert parsed("out=o", "model=m", "suffix=")["suffix"] == ""
-
-
-@pytest.mark.parametrize(
-    ("argument", "code", "says"),
-    [
-        ("batchsize=4", "C101", "no key 'batchsize'; did you mean 'batch_size'?"),
-        ("batch_size=0", "C102", "expected an integer from 1"),
-        ("batch_size=-1", "C102", "expected an integer from 1"),
-        ("batch_size=1.5", "C102", "expected an integer from 1"),
-        ("batch_size=\u0663", "C102", "expected an integer from 1"),
-        ("batch_size=" + "9" * 5000, "C102", "expected an integer from 1"),
-        ("quick=maybe", "C102", "expected true or false"),
-        ("quick", "C102", "expected key=value, got 'quick'"),
-        ("--quick=true", "C102", "expected key=value, got '--quick=true'"),
-        ("out=p", "C102", "out is given twice"),
-    ],
-)
-def test_wrong_argument_is_refused_with_the_remedy(argument: str, code: str, says: str) -> None:
-    with pytest.raises(ConfigError) as caught:
-        parsed("model=m", "out=o", argument)
-    assert caught.value.code == code
-    assert says in caught.value.line()
-
-
-@pytest.mark.parametrize("argv", [(), ("out=o",), ("model=", "out=o")])
-def test_missing_argument_is_named(argv: tuple[str, ...]) -> None:
-    with pytest.raises(ConfigError, match="model is not given"):
-        parsed(*argv)
-
-
-def test_help_prints_the_keys_with_their_defaults_and_exits_with_0(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as caught:
-        parsed("nonsense", "--help")
-    assert caught.value.code == 0
-    printed = capsys.readouterr().out
-    assert printed.startswith("What it does.\n")
-    for line in ("  model=...  required", r"  suffix=\nBriefly.", "  batch_size=16", "  quick=false"):
-        assert line in printed.splitlines()
-
-
-def test_rows_are_read_with_bom_crlf_blank_lines_and_line_separators_in_text(tmp_path: Path) -> None:
-    path = tmp_path / "q.jsonl"
-    path.write_bytes(b"\xef\xbb\xbf" + '{"text": "a\u2028b"}\r\n\r\n{"text": "\u00e9"}'.encode())
-    assert read_rows(path) == [{"text": "a\u2028b"}, {"text": "\u00e9"}]
-
-
-@pytest.mark.parametrize(
-    ("line", "says"),
-    [
-        (b'{"text": ', "Expecting value at column 9"),
-        (b"not json", "Expecting value at column 1"),
-        (b"[1]", "expected an object, got list"),
-        (b"null", "expected an object, got NoneType"),
-        (b'{"txt": "a", "question_id": 1}', "no key 'text'; did you mean 'txt'?"),
-        (b'{"text": "a"}', "no key 'question_id'"),
-        (b'{"text": 3, "question_id": 1}', "'text' must be text, got 3"),
-        (b'{"text": null, "question_id": 1}', "'text' must be text, got None"),
-        (b'{"text": "a", "question_id": 1.5}', "'question_id' must be text or an integer, got 1.5"),
-        (b'{"text": "a", "question_id": true}', "'question_id' must be text or an integer, got True"),
-        (b'{"text": "\xff", "question_id": 1}', "can't decode byte 0xff"),
-        (b'{"text": "a", "question_id": ' + b"9" * 5000 + b"}", "Exceeds the limit"),
-        (b"[" * 100_000, "recursion"),
-    ],
-)
-def test_bad_row_is_refused_with_file_and_line(line: bytes, says: str, tmp_path: Path) -> None:
-    path = tmp_path / "q.jsonl"
-    path.write_bytes(b'{"text": "a", "question_id": 1}\n\n' + line + b"\n")
-    with pytest.raises(EvalError) as caught:
-        read_rows(path, ("question_id", "text"))
-    assert caught.value.code == "V602"
-    assert "q.jsonl line 3: " in caught.value.line()
-    assert says in caught.value.line()
-
-
-def test_file_without_rows_and_missing_file_are_refused(tmp_path: Path) -> None:
-    (tmp_path / "empty.jsonl").write_text("\n\n")
-    with pytest.raises(EvalError, match=r"V602.*has no rows"):
-        read_rows(tmp_path / "empty.jsonl")
-    for path in (tmp_path / "absent.jsonl", tmp_path):
-        with pytest.raises(ConfigError, match="no file"):
-            read_rows(path)
-
-
-def test_images_are_resolved_inside_the_folder(images: Path) -> None:
-    root = images.resolve()
-    assert resolve_images(QUESTIONS, images) == [root / n for n in ("a.png", "b.png", "sub/c.png", "a.png")]
-    assert resolve_images([{"image": "sub/../a.png"}], images) == [root / "a.png"]
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        "../secret.png",
-        "sub/../../secret.png",
-        "../images_of_others/x.png",
-        "..",
-        "..\\secret.png",
-        "sub\\..\\..\\secret.png",
-        "/etc/passwd",
-        "//host/share/x.png",
-        "\\\\host\\share\\x.png",
-        "C:\\x.png",
-        "C:/x.png",
-        "file:///etc/passwd",
-        "file:/etc/passwd",
-        "http://169.254.169.254/x.png",
-        "https://example.com/x.png",
-        "link.png",
-        "linked/secret.png",
-    ],
-)
-def test_name_that_leads_outside_is_refused_and_nothing_is_opened(
-    name: str, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "secret.png").write_bytes(b"x")
-    (images / "link.png").symlink_to(tmp_path / "secret.png")
-    (images / "linked").symlink_to(tmp_path)
-    monkeypatch.setattr("builtins.open", lambda *_: pytest.fail("opened"))
-    monkeypatch.setattr(os, "open", lambda *_: pytest.fail("opened"))
-    with pytest.raises(DataError) as caught:
-        resolve_images([{"image": "a.png"}, {"image": name}], images)
-    assert caught.value.code == "D120"
-
-
-def test_absolute_name_is_refused_even_inside_the_folder(images: Path) -> None:
-    with pytest.raises(DataError, match="D120"):
-        resolve_images([{"image": str(images.resolve() / "a.png")}], images)
-
-
-@pytest.mark.parametrize(
-    ("name", "says"),
-    [
-        ("A.PNG", "did you mean 'a.png'?"),
-        ("sub/cc.png", "did you mean 'sub/c.png'?"),
-        ("val/b.png", "did you mean 'b.png'?"),
-        ("zzzzzz", "(3 files there)"),
-        ("sub", "it is a folder"),
-        ("", "no image ''"),
-        ("x" * 5000, "no image"),
-        ("a\0.png", "did you mean 'a.png'?"),
-        ("\ud800.png", "no image"),
-        ("../secret\0.png", "(3 files there)"),
-        ("\ud800/a.png", "no image"),
-        (".", "(3 files there)"),
-    ],
-)
-def test_missing_image_is_named_with_the_nearest_file_of_the_folder(name: str, says: str, images: Path) -> None:
-    (images.parent / "secret.png").write_bytes(b"x")
-    with pytest.raises(DataError) as caught:
-        resolve_images([{"image": name}], images)
-    assert caught.value.code == "D103"
-    assert says in caught.value.line()
-
-
-def test_number_of_missing_images_is_told(images: Path) -> None:
-    with pytest.raises(DataError, match=r"\(2 images are missing\)"):
-        resolve_images([{"image": "x"}, {"image": "y"}, {"image": "x"}, {"image": "a.png"}], images)
-
-
-def test_images_folder_and_image_names_of_a_wrong_kind_are_refused(images: Path) -> None:
-    with pytest.raises(ConfigError, match="no such folder"):
-        resolve_images(QUESTIONS, images / "a.png")
-    for row in ({"image": None, "question_id": 3}, {"question_id": 3}):
-        with pytest.raises(EvalError, match="question 3: `image` must be text"):
-            resolve_images([row], images)
 
 
 def test_every_question_is_asked_about_its_image_with_the_suffix(images: Path) -> None:

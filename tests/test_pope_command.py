@@ -1,0 +1,107 @@
+"""`python -m vlmpeft.eval.pope` on given answers: what it prints, refuses and imports."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from pope_rows import TEN, Rows, rows, three_settings
+
+from vlmpeft.errors import ConfigError, VlmpeftError, run_command
+from vlmpeft.eval import pope
+
+
+def save(path: Path, content: Rows, end: str = "\n") -> Path:
+    path.write_bytes("".join(json.dumps(row) + end for row in content).encode())
+    return path
+
+
+def command(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "vlmpeft.eval.pope", *arguments], capture_output=True, text=True)
+
+
+def test_command_scores_9000_answers_in_under_a_second_of_work(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    questions, answers = rows("yn" * 4500, ["Yes", "No"] * 4500)
+    q, a = save(tmp_path / "q.json", questions), save(tmp_path / "a.jsonl", answers[::-1])
+    began = time.process_time()
+    assert run_command(pope.main, [f"questions={q}", f"answers={a}"]) == 0
+    assert time.process_time() - began < 1
+    assert json.loads(capsys.readouterr().out)["accuracy"] == 1.0
+
+
+def test_scoring_imports_no_torch(tmp_path: Path) -> None:
+    q, a = save(tmp_path / "q.json", TEN[0]), save(tmp_path / "a.jsonl", TEN[1])
+    code = (
+        "import sys; from vlmpeft.eval import pope; "
+        f"pope.main(['questions={q}', 'answers={a}']); "
+        "heavy = {'torch', 'transformers', 'PIL', 'numpy', 'tqdm'} & set(sys.modules); sys.exit(' '.join(heavy) or 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["f1"] == pytest.approx(2 / 3)
+
+
+def test_command_scores_three_files_with_one_answer_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    questions, answers = three_settings()
+    files = []
+    for setting in ("random", "popular", "adversarial"):
+        own = [{k: v for k, v in q.items() if k != "setting"} for q in questions if q["setting"] == setting]
+        files.append(save(tmp_path / f"{setting}.json", own, end="\r\n"))
+    a = save(tmp_path / "answers.jsonl", answers)
+    assert run_command(pope.main, [f"questions={','.join(map(str, files))}", f"answers={a}"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed == {"benchmark": "pope", "parser": "official", **pope.score_settings(questions, answers)}
+
+
+@pytest.mark.parametrize(
+    ("name", "n", "noted"),
+    [("coco_pope_random.json", 2910, True), ("coco_pope_random.json", 3000, False), ("popular.json", 2910, False)],
+)
+def test_the_2910_row_revision_of_random_is_recognised(
+    name: str, n: int, noted: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    questions, answers = rows("yn" * (n // 2), ["Yes", "No"] * (n // 2))
+    q, a = save(tmp_path / name, questions, end="\r\n"), save(tmp_path / "a.jsonl", answers)
+    assert run_command(pope.main, [f"questions={q}", f"answers={a}"]) == 0
+    assert ("2910" in json.loads(capsys.readouterr().out).get("revision", "")) is noted
+
+
+def test_two_question_files_of_one_name_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "b").mkdir()
+    q, same = save(tmp_path / "q.json", TEN[0]), save(tmp_path / "b" / "q.json", TEN[0])
+    with pytest.raises(ConfigError, match="two files share a name"):
+        pope.read_questions(f"{q},{same}")
+
+
+def test_command_exits_with_8_for_answers_that_do_not_match(tmp_path: Path) -> None:
+    q, a = save(tmp_path / "q.json", TEN[0]), save(tmp_path / "a.jsonl", TEN[1][1:])
+    done = command(f"questions={q}", f"answers={a}")
+    assert (done.returncode, done.stdout) == (8, "")
+    assert done.stderr.startswith("vlmpeft: error[V601] 10 questions and 9 answers do not match: 1 missing answers: 1.")
+    assert done.stderr.count("\n") == 1
+
+
+def test_command_exits_with_3_for_a_missing_image_before_a_model_is_looked_for(tmp_path: Path) -> None:
+    q = save(tmp_path / "q.json", TEN[0])
+    done = command("model=nowhere", f"questions={q}", f"images={tmp_path}", f"out={tmp_path / 'out'}")
+    assert done.returncode == 3
+    assert done.stderr.startswith("vlmpeft: error[D103] no image '1.jpg'")
+    assert not (tmp_path / "out").exists()
+
+
+def test_command_exits_with_2_for_a_misspelled_key() -> None:
+    done = command("model=m", "question=q.json")
+    assert done.returncode == 2
+    assert "[C101] no key 'question'; did you mean 'questions'?" in done.stderr
+
+
+def test_label_is_checked_while_the_file_is_read(tmp_path: Path) -> None:
+    q = save(tmp_path / "q.json", [{**TEN[0][0], "label": "Yes"}])
+    with pytest.raises(VlmpeftError, match="V602"):
+        pope.read_questions(str(q))
