@@ -31,7 +31,8 @@ from vlmpeft.errors import DataError
 from vlmpeft.eval import pope
 from vlmpeft.features import cache_features
 from vlmpeft.images import ImageReader, ImageTransform
-from vlmpeft.prepare import Preparation, prepare
+from vlmpeft.prepare import prepare
+from vlmpeft.record_encoder import Preparation
 from vlmpeft.template import IMAGE, Exchange, TurnEncoder
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # CLIP's

@@ -23,7 +23,8 @@ from vlmpeft.data import Samples, load_batches
 from vlmpeft.data_config import DataConfig, DataFile
 from vlmpeft.errors import DataError
 from vlmpeft.images import FORMATS, ImageReader, ImageTransform, check_header, open_image
-from vlmpeft.prepare import Preparation, Prepared, prepare
+from vlmpeft.prepare import Prepared, prepare
+from vlmpeft.record_encoder import Preparation
 from vlmpeft.template import TurnEncoder
 
 MEAN, STD = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)

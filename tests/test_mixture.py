@@ -36,7 +36,7 @@ def store(directory: Path, samples: list[Sample], **faults: DataError) -> Sample
     directory.mkdir()
     writer = SampleWriter(directory)
     for item in samples:
-        writer.add(item)
+        writer.add(packed(item))
     writer.close((), (), {int(k[1:]): e for k, e in faults.items()})
     return SampleStore(directory)
 
@@ -44,7 +44,7 @@ def store(directory: Path, samples: list[Sample], **faults: DataError) -> Sample
 def test_packing_loses_nothing() -> None:
     for seed in range(200):
         one = sample(seed)
-        text, runs = packed(one)
+        text, runs = packed(one).ids, packed(one).runs
         assert unpacked(text, runs) == (one.input_ids, one.labels, one.turns)
         assert len(text) == sum(i != IMAGE_TOKEN_ID for i in one.input_ids)
 

@@ -15,7 +15,8 @@ from vlmpeft.batch import IGNORE
 from vlmpeft.data_config import DataConfig, DataFile
 from vlmpeft.errors import DataError
 from vlmpeft.layouts import Segment
-from vlmpeft.prepare import Preparation, Prepared
+from vlmpeft.prepare import Prepared
+from vlmpeft.record_encoder import Preparation
 from vlmpeft.template import TurnEncoder
 
 

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import ast
 import copy
+import json
 import os
 from pathlib import Path
 from typing import Any
 
 import pytest
-from bad_records import record, write_folder
+from bad_records import BAD, record, write_folder
 from PIL import Image
 from test_prepare import again, good, prepared
 
-from vlmpeft import fs, prepare, records
+from vlmpeft import fs, prepare, record_encoder, records
+from vlmpeft.data_config import DataConfig, DataFile
 from vlmpeft.errors import DataError
 from vlmpeft.prepare import CODE, Prepared
+from vlmpeft.record_encoder import Preparation
 from vlmpeft.template import TurnEncoder
 
 
@@ -35,7 +38,7 @@ class Counting:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.calls: dict[str, int] = {}
         self.patch = monkeypatch
-        self.watch(prepare, "read_records")
+        self.watch(record_encoder, "read_records")
         self.watch(TurnEncoder, "encode")
         self.watch(records, "check_header")
 
@@ -165,3 +168,37 @@ def test_key_covers_every_module_that_decides_samples() -> None:
         names = {m.removeprefix("vlmpeft.") for m in modules}
         todo |= {n for n in names if (here / f"{n}.py").is_file()} - found - {"errors", "data_config", "sampling"}
     assert found <= {*CODE.split()}
+
+
+def test_processes_write_the_bytes_that_one_writes(
+    folder: Path, encoder: TurnEncoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Good records and bad ones, ids given twice, animated and missing files, over many chunks and two workers."""
+    rows: list[Any] = [{**record(image="a.png"), "id": i % 90} for i in range(60)]
+    rows += [value for _, value in BAD.values()] + rows[:50]
+    path = folder.parent / "many.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = DataConfig(images=str(folder), on_bad_sample="skip", max_bad_fraction=1.0)
+    how = Preparation(config, encoder)
+    monkeypatch.setattr(record_encoder, "CHUNK", 7)
+    written = []
+    for processes in (0, 2):
+        monkeypatch.setattr(record_encoder, "_processes", lambda _, n=processes: n)
+        monkeypatch.setenv("VLMPEFT_CACHE", str(tmp_path / f"cache{processes}"))
+        store = prepare.open_store(DataFile(str(path)), how)
+        written.append({file.name: file.read_bytes() for file in sorted(store.directory.iterdir())})
+    assert len(store) > 50
+    assert len(store.faults()) > 10
+    assert written[0] == written[1]
+
+
+def test_a_file_that_breaks_off_is_named_by_processes_too(
+    folder: Path, encoder: TurnEncoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = folder.parent / "torn.jsonl"
+    path.write_text("".join(json.dumps({**record(image="a.png"), "id": i}) + "\n" for i in range(30)) + '{"id": ')
+    how = Preparation(DataConfig(images=str(folder)), encoder)
+    monkeypatch.setattr(record_encoder, "CHUNK", 7)
+    monkeypatch.setattr(record_encoder, "_processes", lambda _: 2)
+    with pytest.raises(DataError, match=r"D101.*torn\.jsonl"):
+        prepare.open_store(DataFile(str(path)), how)

@@ -91,6 +91,10 @@ class Fault:
     message: str
     fix: str
 
+    def error(self) -> DataError:
+        """The error again."""
+        return DataError(self.code, self.message, self.fix)
+
 
 class Samples(Dataset[tuple[Sample, list[Tensor]] | Fault]):
     """Samples with their images, read lazily.
@@ -153,5 +157,5 @@ def load_batches(
     )
     for item in loader:
         if isinstance(item, Fault):
-            raise DataError(item.code, item.message, item.fix)
+            raise item.error()
         yield item

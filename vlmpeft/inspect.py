@@ -18,8 +18,9 @@ from vlmpeft.data_config import DataConfig, DataFile
 from vlmpeft.errors import ConfigError, nearest, run_command
 from vlmpeft.eval.runner import parse_arguments
 from vlmpeft.language import load_tokenizer
-from vlmpeft.prepare import Preparation, open_store
+from vlmpeft.prepare import open_store
 from vlmpeft.recipe import Recipe
+from vlmpeft.record_encoder import Preparation
 from vlmpeft.sample_text import sample_text, totals_text
 from vlmpeft.template import TurnEncoder
 

@@ -15,10 +15,11 @@ from vlmpeft.features import cache_features
 from vlmpeft.images import ImageReader
 from vlmpeft.mixture import split_held_out, supervised_share
 from vlmpeft.optim import check_optimizer, optimizer_note
-from vlmpeft.prepare import Preparation, Prepared, prepare
+from vlmpeft.prepare import Prepared, prepare
 from vlmpeft.quant import check_quant
 from vlmpeft.quant_memory import quantised_bytes
 from vlmpeft.recipe import Recipe
+from vlmpeft.record_encoder import Preparation
 from vlmpeft.stage import StageData
 from vlmpeft.trackers import check_trackers
 

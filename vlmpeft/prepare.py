@@ -7,7 +7,7 @@ import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -16,21 +16,19 @@ from typing import Any
 from tqdm import tqdm
 
 from vlmpeft import fs
-from vlmpeft.data import encode_sample
+from vlmpeft.data import Fault
 from vlmpeft.data_config import DataConfig, DataFile
 from vlmpeft.errors import CheckpointError, DataError
 from vlmpeft.mixture import Mixture
-from vlmpeft.readers import read_records
-from vlmpeft.records import RecordParser, identifier
+from vlmpeft.record_encoder import Preparation, encoded
 from vlmpeft.sample_store import SampleStore, SampleWriter, is_current
-from vlmpeft.template import TurnEncoder
 
 SHOWN = 20  # bad records on the screen; all of them go to a file
 HASHED = 1 << 30  # bytes of a file up to which its content tells whether it changed; above, what the system says of it
 # What decides the samples of a file besides the file: modules, and keys of the data section.
 CODE = (
-    "anyres batch data images json_stream layout_names layout_tokenizer layouts normalise prepare readers records "
-    "safe_paths sample_store template"
+    "anyres batch data images json_stream layout_names layout_tokenizer layouts normalise prepare readers "
+    "record_encoder records safe_paths sample_store template"
 )
 OPTIONS = "auto_image_token duplicate_ids image_mode max_image_pixels max_length tiles truncate verify_images"
 
@@ -51,30 +49,6 @@ class Prepared:
     def records(self) -> int:
         """used + skipped."""
         return len(self.samples) + len(self.skipped)
-
-
-def one_view(_: Path) -> int:
-    """How many views an image has that is shown as one square."""
-    return 1
-
-
-@dataclass(frozen=True)
-class Preparation:
-    """How records become samples.
-
-    Args:
-        independent: encode turns as independent (see `TurnEncoder.encode`).
-        views: how many views of an image file the model sees, each of `encoder.image_tokens` tokens.
-        size: side of the squares the model sees, which decides `views` with the options of the data section.
-        new_tokens: that the encoder was made with.
-    """
-
-    config: DataConfig
-    encoder: TurnEncoder
-    independent: bool = False
-    views: Callable[[Path], int] = one_view
-    size: int = 0
-    new_tokens: tuple[str, ...] = ()
 
 
 def prepare(files: Sequence[DataFile], how: Preparation, report: Path | None = None) -> Prepared:
@@ -147,23 +121,27 @@ def open_store(file: DataFile, how: Preparation) -> SampleStore:
 
 
 def _build(file: DataFile, how: Preparation, directory: Path) -> None:
-    path, config = Path(file.path), how.config
-    folder = file.images or config.images
-    parse = RecordParser(
-        path, Path(folder) if folder else None, config.auto_image_token, config.verify_images, config.max_image_pixels
-    )
     writer, faults, first = SampleWriter(directory), dict[int, DataError](), dict[str, int]()
-    for index, record in enumerate(tqdm(read_records(path), desc=f"check {path.name}", unit="record", leave=False)):
-        try:
-            uid = identifier(record)
-            if uid is not None and first.setdefault(uid, index) != index and config.duplicate_ids == "error":
-                message = f'{path} record {index} id="{uid}": record {first[uid]} has the same id.'
-                raise DataError("D102", message, "give each its own, or set data.duplicate_ids=keep.")
-            conversation = parse(index, record)
-            writer.add(encode_sample(conversation, config, how.encoder, how.independent, how.views))
-        except DataError as error:
-            faults[index] = error
-    writer.close(parse.refused_files(), parse.animated, faults)
+    refused: dict[Path, None] = {}
+    animated: set[Path] = set()
+    index, path = 0, Path(file.path)
+    with tqdm(desc=f"check {path.name}", unit="record", leave=False) as bar:
+        for chunk in encoded(file, how):
+            for uid, found in chunk.results:
+                if uid is not None and first.setdefault(uid, index) != index and how.config.duplicate_ids == "error":
+                    message = f'{path} record {index} id="{uid}": record {first[uid]} has the same id.'
+                    faults[index] = DataError("D102", message, "give each its own, or set data.duplicate_ids=keep.")
+                elif isinstance(found, Fault):
+                    faults[index] = found.error()
+                else:
+                    writer.add(found)
+                index += 1
+            if chunk.broken is not None:
+                raise chunk.broken.error()
+            refused.update(dict.fromkeys(sorted(chunk.refused)))
+            animated |= chunk.animated
+            bar.update(len(chunk.results))
+    writer.close(refused, animated, faults)
 
 
 def _key(file: DataFile, how: Preparation) -> str:

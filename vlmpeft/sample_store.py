@@ -13,7 +13,7 @@ from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -37,14 +37,25 @@ class Sample:
     images: tuple[Path, ...]
 
 
-def packed(sample: Sample) -> tuple[Any, Any]:
-    """Text ids (t,) and runs (r, 3) of a sample, both int32."""
+class PackedSample(NamedTuple):
+    """A sample as it is kept. Args: ids: of its text, (t,). runs: (r, 3), see above; both int32. length: tokens."""
+
+    uid: str
+    ids: Any
+    runs: Any
+    images: tuple[Path, ...]
+    length: int
+
+
+def packed(sample: Sample) -> PackedSample:
+    """A sample in the form it is kept in."""
     ids, labels, turns = (np.asarray(row, np.int32) for row in (sample.input_ids, sample.labels, sample.turns))
     kinds = np.where(ids == IMAGE_TOKEN_ID, IMAGE, np.where(labels != IGNORE, ANSWER, TEXT)).astype(np.int32)
     changes = np.flatnonzero((np.diff(kinds) != 0) | (np.diff(turns) != 0)) + 1
     starts = np.concatenate(([0], changes)).astype(np.int32)
     counts = np.diff(starts, append=len(ids))
-    return ids[kinds != IMAGE], np.stack((counts, kinds[starts], turns[starts]), axis=1).astype(np.int32)
+    runs = np.stack((counts, kinds[starts], turns[starts]), axis=1).astype(np.int32)
+    return PackedSample(sample.uid, ids[kinds != IMAGE], runs, sample.images, len(ids))
 
 
 def unpacked(text: Any, runs: Any) -> tuple[Sequence[int], Sequence[int], Sequence[int]]:
@@ -77,15 +88,15 @@ class SampleWriter:
         self.fingerprint = hashlib.sha256()
         self.file = pyarrow.ipc.new_stream(pyarrow.OSFile(str(directory / SAMPLES), "wb"), self.schema)
 
-    def add(self, sample: Sample) -> None:
+    def add(self, sample: PackedSample) -> None:
         """Append a sample."""
-        ids, runs = packed(sample)
+        ids, runs = sample.ids, sample.runs
         images = [self.images.setdefault(str(path), len(self.images)) for path in sample.images]
         names = [path.name for path in sample.images]
         self.fingerprint.update(repr((sample.uid, names, len(ids))).encode())
         self.fingerprint.update(ids.tobytes() + runs.tobytes())
         supervised = int(runs[runs[:, 1] == ANSWER, 0].sum())
-        self.rows.append((_bytes(sample.uid), ids, runs.ravel(), images, len(sample.input_ids), supervised))
+        self.rows.append((_bytes(sample.uid), ids, runs.ravel(), images, sample.length, supervised))
         if len(self.rows) == ROWS:
             self._flush()
 

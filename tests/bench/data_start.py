@@ -52,7 +52,8 @@ def start(path: Path) -> None:
     from conftest import make_tokenizer
 
     from vlmpeft.data_config import DataConfig, DataFile
-    from vlmpeft.prepare import Preparation, prepare
+    from vlmpeft.prepare import prepare
+    from vlmpeft.record_encoder import Preparation
     from vlmpeft.sampling import epoch_batches
     from vlmpeft.template import TurnEncoder
 
