@@ -7,22 +7,19 @@ PY := $(VENV)/bin/python
 # glibc gives large blocks back to the system after every use; keeping them makes training on a CPU faster.
 CPU_ENV := MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=2147483647 MALLOC_TOP_PAD_=268435456
 
-# The captions of the drawn scenes name every shape and colour; the other answers (counts, places) name nothing seen.
-SCENE_WORDS := align.source=pretrain align.scale=1 align.max_share=0.6 align.epochs=15 align.weight_decay=0.01 \
-  projector.dropout=0 stages.instruct.tuners.projector.lr=5e-4
-
 .PHONY: quickstart test lint install install-dev clean
 
 quickstart: install $(SCENES)/pope_test.jsonl
-	$(CPU_ENV) $(PY) -m vlmpeft.train recipe=quickstart run.dir=$(RUN) $(SCENE_WORDS) \
+	$(CPU_ENV) $(PY) -m vlmpeft.train recipe=quickstart_scenes run.dir=$(RUN) \
 	  data.pretrain=$(SCENES)/pretrain.json data.instruct=$(SCENES)/instruct.json data.images=$(SCENES)/images \
 	  eval.questions=$(SCENES)/pope_test.jsonl,$(SCENES)/types_test.jsonl
 
 $(SCENES)/pope_test.jsonl: | install
 	$(PY) -m vlmpeft.scenes out=$(SCENES) pretrain=1200 train=560 test=30
 
+# One test process for each processor, at most four (each holds torch and its parts: about 1 GB), one thread each.
 test: install-dev
-	$(PY) -m pytest -q
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n logical --maxprocesses 4 --dist worksteal
 
 lint: install-dev
 	$(PY) -m ruff check .
