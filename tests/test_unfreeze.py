@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 import torch
 from runs import in_child, make_trainer, outcome, run_train, signal_at
-from tiny_models import changed, hf_inputs, hf_llava, our_inputs, our_vlm, randomise, state_of
-from torch import Tensor, nn
+from tiny_models import changed, hf_llava, logits, make, our_vlm, randomise, state_of
 
 from vlmpeft import forward, loop, tune
 from vlmpeft.errors import ConfigError, EnvironmentFault
@@ -20,16 +19,6 @@ from vlmpeft.tuners import GradualUnfreezing, LayerTuning
 
 UNFREEZE = "stages.instruct.tuners.unfreeze={kind: unfreeze, groups: [1, 1], steps: [0, 2], lr: 1e-3}"
 RECIPE = ("stages.instruct.tuners.lora=null", "stages.instruct.tuners.projector=null", UNFREEZE)
-
-
-def logits(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
-    with torch.no_grad():
-        out: Tensor = model(**inputs).logits
-    return out
-
-
-def make(kind: str, language_dir: Path) -> tuple[Any, dict[str, Tensor]]:
-    return (our_vlm(language_dir), our_inputs()) if kind == "ours" else (hf_llava(), hf_inputs())
 
 
 KINDS = pytest.mark.parametrize("kind", ["ours", "hf"])
