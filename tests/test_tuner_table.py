@@ -13,10 +13,11 @@ from tuner_table import ELSEWHERE, EVERY, IN_PLACE, START, TABLE, UNMERGEABLE, V
 
 from vlmpeft import fs, tune
 from vlmpeft.optim import adamw, parameter_groups, set_lr
-from vlmpeft.resume import OPTIMIZER, load_optimizer, optimizer_state
+from vlmpeft.resume import OPTIMIZER, STEPS, load_optimizer, load_steps, optimizer_state
+from vlmpeft.steps import Steps
 from vlmpeft.tune import Tuned
 from vlmpeft.tuners import TUNERS
-from vlmpeft.tuners.base import BeforeStep, peft_form
+from vlmpeft.tuners.base import peft_form
 
 
 def test_no_method_is_left_out() -> None:
@@ -63,19 +64,6 @@ def test_training_lowers_the_loss_and_changes_what_is_declared(
     assert changed(before, model) == {key.replace(".base_layer.", ".") for key in trainable}
 
 
-def steps(tuned: Tuned, optimizer: torch.optim.Optimizer, numbers: range) -> None:
-    """Train as the loop does."""
-    for step in numbers:
-        tuner = tuned.applied["it"].tuner
-        if isinstance(tuner, BeforeStep):
-            tuner.before_step(tuned.parts, step)
-        given = our_inputs()
-        given["labels"] = given["labels"].roll(step, 1)
-        tuned.model(**given).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-
 @EVERY
 def test_stopped_saved_and_taken_up_again_it_ends_bit_for_bit_the_same(
     name: str, language_dir: Path, tmp_path: Path
@@ -87,14 +75,30 @@ def test_stopped_saved_and_taken_up_again_it_ends_bit_for_bit_the_same(
             tuned = tune(our_vlm(language_dir), {"it": TABLE[name]})
             optimizer = adamw(parameter_groups(tuned, 1e-2, 0.1), (0.9, 0.999), 1e-8)
             set_lr(optimizer, 1.0)
+            steps = Steps(tuned, 5, l2_sp=0.01)
             if first:
                 tuned.load(tmp_path)
                 load_optimizer(optimizer, tmp_path)
-            steps(tuned, optimizer, range(first, last))
+                load_steps(steps, tmp_path)
+            train(tuned, optimizer, steps, range(first, last))
             tuned.save(tmp_path)
             fs.write_tensors(tmp_path / OPTIMIZER, optimizer_state(optimizer))
+            fs.write_tensors(tmp_path / STEPS, steps.tensors())
         ends.append(state_of(tuned.model))
     assert all(value.equal(ends[1][key]) for key, value in ends[0].items())
+
+
+def train(tuned: Tuned, optimizer: torch.optim.Optimizer, steps: Steps, numbers: range) -> None:
+    """Train as the loop does."""
+    for step in numbers:
+        steps.before(step)
+        given = our_inputs()
+        given["labels"] = given["labels"].roll(step, 1)
+        tuned.model(**given).loss.backward()
+        steps.add_gradients()
+        optimizer.step()
+        steps.after(step)
+        optimizer.zero_grad()
 
 
 @pytest.mark.parametrize("kind", ["ours", "hf"])

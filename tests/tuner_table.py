@@ -16,6 +16,7 @@ from vlmpeft.tune import Tuned
 from vlmpeft.tuners import (
     IA3,
     OFT,
+    AdaLoRA,
     BitFit,
     BottleneckAdapter,
     DoRA,
@@ -42,6 +43,8 @@ TABLE: dict[str, Tuner] = {
     "lora pissa visual": LoRA(r=4, init="pissa", where="visual"),
     "lora orthogonal": LoRA(r=4, init="orthogonal"),
     "lora frozen a": LoRA(r=4, freeze_a=True),
+    "adalora": AdaLoRA(r=2, init_r=4, tinit=0.1, tfinal=0.3),
+    "adalora text": AdaLoRA(r=2, init_r=4, where="text"),
     "dora": DoRA(r=4),
     "dora rslora q v": DoRA(4, 6.0, rslora=True, targets="minimal"),
     "vera": VeRA(r=8, d_initial=0.1),
@@ -72,8 +75,8 @@ VIRTUAL = {"prefix", "projected prefix", "prompt", "p-tuning v2"}  # what they a
 START = dict.fromkeys(VIRTUAL, 1e3) | {"lora orthogonal": 1e-5}  # how far off the base it may start; else not at all
 IN_PLACE = {"full"}
 UNMERGEABLE = VIRTUAL | {
-    "lora visual", "lora pissa visual", "ia3 text", "houlsby", "pfeiffer visual", "mores", "mores unconstrained",
-    "embedding lora",  # the tiny language model's head is tied to its embedding
+    "lora visual", "lora pissa visual", "adalora text", "ia3 text", "houlsby", "pfeiffer visual", "mores",
+    "mores unconstrained", "embedding lora",  # the tiny language model's head is tied to its embedding
 }  # fmt: skip
 EVERY = pytest.mark.parametrize("name", TABLE)
 

@@ -14,7 +14,8 @@ from vlmpeft.hf_llava import check_projector
 from vlmpeft.llava_layout import MEMORY, new_name, renamed
 from vlmpeft.tune import Applied
 from vlmpeft.tuners import LoRA
-from vlmpeft.weights import ADAPTER_FILE, PEFT_PREFIX, peft_tensors
+from vlmpeft.tuners.peft_folder import PEFT_PREFIX
+from vlmpeft.weights import ADAPTER_FILE, peft_tensors
 
 WHERE = "a peft adapter on transformers' LLaVA"
 PROJECTOR = "multi_modal_projector"

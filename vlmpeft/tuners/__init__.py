@@ -1,5 +1,6 @@
 """Tuning methods, one a file."""
 
+from vlmpeft.tuners.adalora import AdaLoRA
 from vlmpeft.tuners.base import TUNERS, Tuner
 from vlmpeft.tuners.bitfit import BitFit
 from vlmpeft.tuners.bottleneck import BottleneckAdapter
@@ -24,6 +25,7 @@ __all__ = [
     "IA3",
     "OFT",
     "TUNERS",
+    "AdaLoRA",
     "BitFit",
     "BottleneckAdapter",
     "DoRA",
