@@ -36,10 +36,11 @@ LEVELS: dict[int, str] = {
     "tuners.ia3 tuners.layers tuners.norm tuners.unfreeze tuners.prefix_tuning tuners.prompt tuners.ptuning steering "
     "steering.attention steering.layers steering.mores steering.pictures steering.positions steering.probe "
     "steering.reference steering.statistics steering.units recipes",
-    0: "batch parts quant_weight routing routed registry errors fs anyres loss schema sources safe_paths layouts "
-    "layout_names layout_tokenizer llava_layout manifest sampling stopping json_stream normalise readers "
+    0: "batch parts quant_weight quant_anew routing routed registry errors fs anyres loss schema sources safe_paths "
+    "layouts layout_names layout_tokenizer llava_layout manifest sampling stopping json_stream normalise readers "
     "projectors.base projectors.layers tuners.attachment tuners.base tuners.linear tuners.targets tuners.sites "
-    "tuners.substitute tuners.lora_init tuners.peft_folder tuners.virtual tuners.deep_prefix tuners.rank_budget",
+    "tuners.substitute tuners.lora_init tuners.lora_layers tuners.peft_folder tuners.virtual tuners.deep_prefix "
+    "tuners.rank_budget",
 }
 LEVEL = {name: level for level, names in LEVELS.items() for name in names.split()}
 GROUPS = {  # modules of level 1 that may import each other besides their own level-0 base
@@ -53,6 +54,7 @@ BASES = {  # of level 0, and the groups they are for
     "tuners.base": {"tuners", "steering"},
     "tuners.linear": {"tuners", "steering"},
     "tuners.lora_init": {"tuners"},
+    "tuners.lora_layers": {"tuners"},
     "tuners.peft_folder": {"tuners"},
     "tuners.rank_budget": {"tuners"},
     "tuners.targets": {"tuners", "steering"},
@@ -69,7 +71,7 @@ WHERE = {  # an outside library and the modules that may import it; True if insi
     "huggingface_hub": ({"sources"}, True),
     "timm": ({"vision_timm"}, True),
     "open_clip": ({"vision_open_clip"}, True),
-    "bitsandbytes": ({"quant", "quant_weight"}, True),
+    "bitsandbytes": ({"quant", "quant_weight", "quant_anew"}, True),
     "peft": (set(), True),
     "datasets": ({"readers"}, True),
     "pyarrow": ({"readers", "sample_store", "eval.mmmu_data"}, True),

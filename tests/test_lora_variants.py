@@ -27,8 +27,8 @@ from vlmpeft.drift import Drift
 from vlmpeft.errors import ConfigError, ModelError
 from vlmpeft.optim import adamw, parameter_groups, set_lr
 from vlmpeft.tuners import LoRA
-from vlmpeft.tuners.lora import LoRALinear, PiSSALinear
 from vlmpeft.tuners.lora_init import orthogonal_
+from vlmpeft.tuners.lora_layers import LoRALinear, PiSSALinear
 
 R = 4
 ADAPTER = "adapters/it/adapter_model.safetensors"

@@ -130,6 +130,17 @@ class AfterStep(Protocol):
 
 
 @runtime_checkable
+class ReadsOriginals(Protocol):
+    """A tuner that may need the weights a quantised base had before."""
+
+    @property
+    def needs_originals(self) -> bool: ...
+    def on_whole_weights(self) -> Tuner:
+        """The same update for a base that is not quantised."""
+        ...
+
+
+@runtime_checkable
 class Calibrated(Protocol):
     """A tuner that must see samples before it trains.
 
