@@ -15,7 +15,8 @@ from vlmpeft import tune
 from vlmpeft.errors import ConfigError, ModelError
 from vlmpeft.parts import Parts, parts_of
 from vlmpeft.tuners import BottleneckAdapter, LoRA
-from vlmpeft.tuners.bottleneck import Bottleneck, parameter_count
+from vlmpeft.tuners.bottleneck import parameter_count
+from vlmpeft.tuners.bottleneck_layers import Bottleneck
 
 D, K = 32, 6
 

@@ -33,14 +33,15 @@ LEVELS: dict[int, str] = {
     "projectors.linear projectors.mlp projectors.ldp projectors.pixel_shuffle projectors.resampler "
     "projectors.qformer projectors.identity tuners tuners.adalora tuners.dora tuners.embedding_lora tuners.full "
     "tuners.krona tuners.oft tuners.vera tuners.lora tuners.tokens tuners.bitfit tuners.bottleneck tuners.fish "
-    "tuners.ia3 tuners.layers tuners.norm tuners.unfreeze tuners.prefix_tuning tuners.prompt tuners.ptuning steering "
+    "tuners.ia3 tuners.layers tuners.norm tuners.unfreeze tuners.prefix_tuning tuners.prompt tuners.ptuning "
+    "tuners.unipelt steering "
     "steering.attention steering.layers steering.mores steering.pictures steering.positions steering.probe "
     "steering.reference steering.statistics steering.units recipes",
     0: "batch parts quant_weight quant_anew routing routed registry errors fs anyres loss schema sources safe_paths "
     "layouts layout_names layout_tokenizer llava_layout manifest sampling stopping json_stream normalise readers "
     "projectors.base projectors.layers tuners.attachment tuners.base tuners.linear tuners.targets tuners.sites "
     "tuners.substitute tuners.lora_init tuners.lora_layers tuners.peft_folder tuners.virtual tuners.deep_prefix "
-    "tuners.rank_budget",
+    "tuners.rank_budget tuners.bottleneck_layers tuners.gated_attention",
 }
 LEVEL = {name: level for level, names in LEVELS.items() for name in names.split()}
 GROUPS = {  # modules of level 1 that may import each other besides their own level-0 base
@@ -57,6 +58,8 @@ BASES = {  # of level 0, and the groups they are for
     "tuners.lora_layers": {"tuners"},
     "tuners.peft_folder": {"tuners"},
     "tuners.rank_budget": {"tuners"},
+    "tuners.bottleneck_layers": {"tuners"},
+    "tuners.gated_attention": {"tuners"},
     "tuners.targets": {"tuners", "steering"},
     "tuners.virtual": {"tuners"},
     "tuners.deep_prefix": {"tuners"},
@@ -67,7 +70,10 @@ WHERE = {  # an outside library and the modules that may import it; True if insi
     "omegaconf": ({"config"}, False),
     "yaml": ({"yaml_file"}, False),
     "accelerate": ({"loop", "trackers", "distributed", "sharding", "forward"}, False),
-    "transformers": ({"language", "vision_transformers", "decode", "prefix", "hf_llava", "tuners.prompt"}, True),
+    "transformers": (
+        {"language", "vision_transformers", "decode", "prefix", "hf_llava", "tuners.prompt", "tuners.gated_attention"},
+        True,
+    ),
     "huggingface_hub": ({"sources"}, True),
     "timm": ({"vision_timm"}, True),
     "open_clip": ({"vision_open_clip"}, True),

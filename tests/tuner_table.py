@@ -31,6 +31,7 @@ from vlmpeft.tuners import (
     PromptTuning,
     PTuningV2,
     Tuner,
+    UniPELT,
     VeRA,
 )  # fmt: skip
 
@@ -61,6 +62,8 @@ TABLE: dict[str, Tuner] = {
     "projected prefix": PrefixTuning(tokens=3, hidden=6),
     "prompt": PromptTuning(tokens=3),
     "p-tuning v2": PTuningV2(tokens=3, prompts=2),
+    "unipelt": UniPELT(r=4, tokens=3, hidden=None, dim=6),
+    "unipelt projected": UniPELT(r=4, tokens=3, hidden=6),
     "mores": MoReS(rank=2, positions="all"),
     "mores unconstrained": MoReS(rank=2, positions="uniform:2", variant="unconstrained"),
     "norm": NormTuning(),
@@ -71,7 +74,9 @@ TABLE: dict[str, Tuner] = {
     "full": Full("projector"),
 }
 ELSEWHERE = {"fish", "token_rows"}  # they need data or new tokens first, and have files of their own
-VIRTUAL = {"prefix", "projected prefix", "prompt", "p-tuning v2"}  # what they add is there before any training
+VIRTUAL = {  # what they add is there before any training
+    "prefix", "projected prefix", "prompt", "p-tuning v2", "unipelt", "unipelt projected",
+}  # fmt: skip
 START = dict.fromkeys(VIRTUAL, 1e3) | {"lora orthogonal": 1e-5}  # how far off the base it may start; else not at all
 IN_PLACE = {"full"}
 UNMERGEABLE = VIRTUAL | {

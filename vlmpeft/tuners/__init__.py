@@ -19,6 +19,7 @@ from vlmpeft.tuners.prompt import PromptTuning
 from vlmpeft.tuners.ptuning import PTuningV2
 from vlmpeft.tuners.tokens import TokenRows
 from vlmpeft.tuners.unfreeze import GradualUnfreezing
+from vlmpeft.tuners.unipelt import UniPELT
 from vlmpeft.tuners.vera import VeRA
 
 __all__ = [
@@ -42,5 +43,6 @@ __all__ = [
     "PromptTuning",
     "TokenRows",
     "Tuner",
+    "UniPELT",
     "VeRA",
 ]
