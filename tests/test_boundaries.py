@@ -41,7 +41,7 @@ LEVELS: dict[int, str] = {
     "layouts layout_names layout_tokenizer llava_layout manifest sampling stopping json_stream normalise readers "
     "projectors.base projectors.layers tuners.attachment tuners.base tuners.linear tuners.targets tuners.sites "
     "tuners.substitute tuners.lora_init tuners.lora_layers tuners.peft_folder tuners.virtual tuners.deep_prefix "
-    "tuners.rank_budget tuners.bottleneck_layers tuners.gated_attention",
+    "tuners.rank_budget tuners.bottleneck_layers tuners.gated_attention tuners.block_choice",
 }
 LEVEL = {name: level for level, names in LEVELS.items() for name in names.split()}
 GROUPS = {  # modules of level 1 that may import each other besides their own level-0 base
@@ -58,6 +58,7 @@ BASES = {  # of level 0, and the groups they are for
     "tuners.lora_layers": {"tuners"},
     "tuners.peft_folder": {"tuners"},
     "tuners.rank_budget": {"tuners"},
+    "tuners.block_choice": {"tuners"},
     "tuners.bottleneck_layers": {"tuners"},
     "tuners.gated_attention": {"tuners"},
     "tuners.targets": {"tuners", "steering"},

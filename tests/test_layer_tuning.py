@@ -13,21 +13,8 @@ from vlmpeft import tune
 from vlmpeft.errors import ConfigError, ModelError
 from vlmpeft.parts import parts_of
 from vlmpeft.tuners import LayerTuning, LoRA, NormTuning
-from vlmpeft.tuners.layers import which_blocks
 
 KINDS = pytest.mark.parametrize("kind", ["ours", "hf"])
-
-
-@pytest.mark.parametrize(
-    ("which", "expected"),
-    [
-        ("last:1", [7]), ("last:3", [5, 6, 7]), ("last:8", list(range(8))), ("first_last:1,1", [0, 7]),
-        ("first_last:2,1", [0, 1, 7]), ("every:1", list(range(8))), ("every:3", [0, 3, 6]), ("every:9", [0]),
-        ((3, 1, -1, 3), [1, 3, 7]),
-    ],
-)  # fmt: skip
-def test_blocks_are_named_in_a_word(which: Any, expected: list[int]) -> None:
-    assert which_blocks(which, 8) == expected
 
 
 @pytest.mark.parametrize("which", ["", "all", "last:0", "last:", "last:1,2", "first_last:1", "every:-1", ()])

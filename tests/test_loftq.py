@@ -10,7 +10,7 @@ import pytest
 import torch
 from peft import PeftModel
 from peft.utils import loftq_utils
-from quant_models import EIGHT, NF4, make_wide, quantised_layers
+from quant_models import EIGHT, NF4, quantised_layers
 from runs import make_bundle, some_logits
 from tiny_models import logits, our_inputs, our_vlm, randomise
 from torch import Tensor
@@ -33,9 +33,9 @@ CONFIGS = {"nf4": NF4, "fp4": QuantConfig(4, type="fp4", compute="fp32"), "int8"
 EACH = pytest.mark.parametrize("bits", CONFIGS)
 
 
-@pytest.fixture(scope="module")
-def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_wide(tmp_path_factory.mktemp("wide"))
+@pytest.fixture
+def wide(wide_dir: Path) -> Path:
+    return wide_dir
 
 
 def quantised(wide: Path, config: QuantConfig, keep: bool = True) -> VLM:

@@ -8,10 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 from peft_twins import assert_checkpointing_changes_nothing, assert_lives, assert_stock_peft_agrees
+from quant_models import dense_twin, quantised_vlm
 from tiny_models import changed, logits, our_inputs, our_vlm, randomise, state_of
 from tuner_table import ELSEWHERE, EVERY, IN_PLACE, START, TABLE, UNMERGEABLE, VIRTUAL, tuned_model
 
 from vlmpeft import fs, tune
+from vlmpeft.errors import ModelError
 from vlmpeft.optim import adamw, parameter_groups, set_lr
 from vlmpeft.resume import OPTIMIZER, STEPS, load_optimizer, load_steps, optimizer_state
 from vlmpeft.steps import Steps
@@ -111,3 +113,20 @@ def test_saved_and_read_it_is_the_same(name: str, kind: str, language_dir: Path,
     assert not logits(second, given).equal(logits(first, given))
     again.load(tmp_path)
     assert logits(second, given).equal(logits(first, given))
+
+
+WHOLE = {"layers", "unfreeze"}  # they train the very weights that are quantised
+
+
+@EVERY
+def test_on_a_quantised_base_it_acts_as_on_the_weights_that_stand_for_it(name: str, wide_dir: Path) -> None:
+    model, given = quantised_vlm(wide_dir), our_inputs()
+    if name in WHOLE:
+        with pytest.raises(ModelError, match=r"M551.*quantised.*lora"):
+            tune(model, [TABLE[name]])
+        return
+    tuned = tune(model, [TABLE[name]])
+    randomise(tuned.trainable())
+    torch.testing.assert_close(logits(model, given), logits(dense_twin(model), given), rtol=1e-4, atol=1e-4)
+    model(**given).loss.backward()
+    assert all(parameter.grad is not None for parameter in tuned.trainable().values())

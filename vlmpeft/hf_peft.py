@@ -36,7 +36,7 @@ def export_peft(bundle: Bundle, target: Path, base: str) -> None:
     tensors: dict[str, Tensor] = peft_tensors(one, bundle.model)
     tensors |= {f"projector.{k}": v for k, v in bundle.model.projector.state_dict().items()}
     modules = [new_name(name, MEMORY).rsplit(".", 2)[0] for name in one.parameters]
-    config = tuner.peft_config(base, []) | {"target_modules": pattern(modules), "modules_to_save": [PROJECTOR]}
+    config = tuner.peft_config(base, modules) | {"target_modules": pattern(modules), "modules_to_save": [PROJECTOR]}
     with fs.new_directory(target) as directory:
         found = {PEFT_PREFIX + name: tensor for name, tensor in renamed(tensors, MEMORY).items()}
         fs.write_tensors(directory / ADAPTER_FILE, found)

@@ -18,7 +18,8 @@ from vlmpeft.parts import Parts
 from vlmpeft.tuners import rank_budget
 from vlmpeft.tuners.attachment import Attachment
 from vlmpeft.tuners.base import TUNERS, check
-from vlmpeft.tuners.linear import AdaptedLinear, Where, check_where, wrap_linears
+from vlmpeft.tuners.block_choice import EVERY, Choice
+from vlmpeft.tuners.linear import AdaptedLinear, Where, check_linear, wrap_linears
 from vlmpeft.tuners.peft_folder import PEFT_PREFIX, check_settings, peft_settings, read_config
 from vlmpeft.tuners.targets import ALL_LINEAR
 
@@ -81,7 +82,7 @@ class AdaLoRA:
         r: mean rank at the end.
         init_r: rank of every layer at the start.
         alpha: numerator of the scale alpha / init_r; None is 2 init_r.
-        dropout, targets, part, where: as LoRA's.
+        dropout, targets, part, where, layers: as LoRA's.
         tinit, tfinal: share of the stage's steps before the budget begins to fall, and after it is down. The defaults
             are about those of the paper's experiments (its appendix).
         delta_t: steps between two decisions.
@@ -99,6 +100,7 @@ class AdaLoRA:
     targets: str | tuple[str, ...] = ALL_LINEAR
     part: str = "language"
     where: Where = "all"
+    layers: Choice = EVERY
     tinit: float = 0.1
     tfinal: float = 0.4
     delta_t: int = 1
@@ -108,7 +110,7 @@ class AdaLoRA:
     lr: float | None = 1e-3
 
     def __post_init__(self) -> None:
-        check_where(self)
+        check_linear(self)
         check(self.r >= 1, "adalora.r", self.r, "an integer of at least 1")
         check(self.init_r >= self.r, "adalora.init_r", self.init_r, f"an integer of at least adalora.r={self.r}")
         check(self.alpha is None or self.alpha > 0, "adalora.alpha", self.alpha, "a number above 0")
@@ -133,7 +135,7 @@ class AdaLoRA:
 
     def resolved(self) -> AdaLoRA:
         """The same layers, whatever their schedule."""
-        return AdaLoRA(1, self.init_r, self.numerator, self.dropout, self.targets, self.part, self.where)
+        return AdaLoRA(1, self.init_r, self.numerator, self.dropout, self.targets, self.part, self.where, self.layers)
 
     def apply(self, model: nn.Module, parts: Parts) -> Mapping[str, nn.Parameter]:
         """Wrap the target layers. Returns: A, E and B of each, by name."""

@@ -10,6 +10,7 @@ from torch import nn
 
 from vlmpeft.parts import Parts
 from vlmpeft.tuners.base import TUNERS, check
+from vlmpeft.tuners.block_choice import EVERY, Choice, check_choice
 from vlmpeft.tuners.bottleneck_layers import Activation, Bottleneck, wrap_sites
 from vlmpeft.tuners.linear import Where, check_where
 from vlmpeft.tuners.sites import ATTENTION, MLP, Site
@@ -28,6 +29,7 @@ class BottleneckAdapter:
         activation: "relu" or "gelu".
         part: "language", or "vision" where its blocks are named as transformers or timm name them.
         where: "all", "visual", "text" or "answer" tokens: at the others the model stays its base.
+        layers: as LoRA's, of the language model.
         lr: learning rate of its own; the default is that of arXiv:2304.01933 for adapters in language models.
     """
 
@@ -37,10 +39,14 @@ class BottleneckAdapter:
     activation: Activation = "relu"
     part: str = "language"
     where: Where = "all"
+    layers: Choice = EVERY
     lr: float | None = 3e-4
 
     def __post_init__(self) -> None:
         check_where(self)
+        check_choice(self.layers, "bottleneck.layers")
+        alone = self.layers == EVERY or self.part == "language"
+        check(alone, "bottleneck.layers", self.layers, "all: only the language model's blocks are numbered")
         check(self.dim >= 1, "bottleneck.dim", self.dim, "an integer of at least 1")
         for key, kinds in (("placement", Placement), ("activation", Activation)):
             value = self.placement if key == "placement" else self.activation

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Collection
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,7 @@ from vlmpeft.errors import ModelError
 from vlmpeft.parts import Parts
 from vlmpeft.routed import RoutedModel, current_routing, route
 from vlmpeft.tuners.attachment import Attachment
+from vlmpeft.tuners.block_choice import Choice
 from vlmpeft.tuners.linear import GatedTuner, Where, selected
 from vlmpeft.tuners.sites import MLP, Site, block_sites
 from vlmpeft.tuners.targets import replace_module
@@ -80,15 +81,22 @@ class Bottleneck(Attachment):
         replace_module(model, path, self.base_layer)
 
 
+class BlockTuner(GatedTuner, Protocol):
+    """What a tuner of modules in blocks says of them."""
+
+    @property
+    def layers(self) -> Choice: ...
+
+
 def wrap_sites(
-    model: nn.Module, parts: Parts, tuner: GatedTuner, names: Collection[str], make: Callable[[Site], Bottleneck]
+    model: nn.Module, parts: Parts, tuner: BlockTuner, names: Collection[str], make: Callable[[Site], Bottleneck]
 ) -> dict[str, nn.Parameter]:
     """Put adapters behind the modules of these names in the blocks of a part.
 
     Returns: their parameters by name. Raises: ModelError M550 if there are none, or none for an MLP; M551 for one that
         adds to the residual stream by itself; M552 for one that has an adapter.
     """
-    sites = block_sites(model, parts, tuner.part, names)
+    sites = block_sites(model, parts, tuner.part, names, tuner.layers)
     if not any(site.path.rsplit(".", 1)[-1] in MLP for site in sites):  # as OPT, whose blocks hold fc1 and fc2
         raise ModelError("M550", f"the blocks of {tuner.part} have no module for their MLP.", "use lora or ia3.")
     trained: dict[str, nn.Parameter] = {}

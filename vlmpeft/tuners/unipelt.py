@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from vlmpeft.errors import ModelError
 from vlmpeft.parts import Parts
 from vlmpeft.tuners.base import TUNERS, check, check_part
+from vlmpeft.tuners.block_choice import EVERY, Choice
 from vlmpeft.tuners.bottleneck_layers import Activation, Bottleneck, wrap_sites
 from vlmpeft.tuners.deep_prefix import DeepPrefix, PlainPrefix, ProjectedPrefix, key_shape, self_attention
 from vlmpeft.tuners.gated_attention import GATE, can_gate, put_gate, take_gate
@@ -116,6 +117,7 @@ class UniPELT:
 
     kind: ClassVar[str] = NAME
     where: ClassVar[Where] = "all"
+    layers: ClassVar[Choice] = EVERY
     r: int = 8
     alpha: float | None = None
     dropout: float = 0.0
