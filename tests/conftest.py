@@ -91,6 +91,14 @@ def language_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def wide_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A language model whose layers fill whole blocks of a quantised one."""
+    from quant_models import make_wide
+
+    return make_wide(tmp_path_factory.mktemp("wide"))
+
+
+@pytest.fixture(scope="session")
 def tokenizer() -> Any:
     return make_tokenizer()
 

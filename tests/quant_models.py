@@ -54,6 +54,7 @@ class Dense(nn.Module):
         super().__init__()
         bias = None if layer.bias is None else layer.bias.detach().to(compute)
         self.weight, self.bias = plain_weight(layer).to(compute), bias
+        self.in_features, self.out_features = layer.in_features, layer.out_features
 
     def forward(self, x: Tensor) -> Tensor:
         return nn.functional.linear(x.to(self.weight.dtype), self.weight, self.bias).to(x.dtype)

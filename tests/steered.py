@@ -2,25 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
-
 import pytest
-import torch
-from tiny_models import hf_inputs, hf_llava, our_inputs, our_vlm
+from tiny_models import logits, make
 from torch import Tensor, nn
 
 from vlmpeft.parts import parts_of
 
-
-def make(kind: str, language_dir: Path) -> tuple[Any, dict[str, Tensor]]:
-    return (our_vlm(language_dir), our_inputs()) if kind == "ours" else (hf_llava(), hf_inputs())
-
-
-def logits(model: Any, inputs: dict[str, Tensor]) -> Tensor:
-    with torch.no_grad():
-        out: Tensor = model(**{k: v for k, v in inputs.items() if k != "labels"}).logits
-    return out
+__all__ = ["KINDS", "block_outputs", "logits", "make"]
 
 
 def block_outputs(model: nn.Module, inputs: dict[str, Tensor]) -> list[Tensor]:

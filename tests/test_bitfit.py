@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import changed, hf_inputs, hf_llava, our_inputs, our_vlm, randomise, state_of
+from tiny_models import changed, hf_inputs, hf_llava, logits, our_inputs, our_vlm, randomise, state_of
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -17,12 +17,6 @@ from vlmpeft.parts import parts_of
 from vlmpeft.tuners import BitFit, Full, LoRA
 from vlmpeft.tuners.substitute import Retrained
 from vlmpeft.vlm import VLM
-
-
-def logits(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
-    with torch.no_grad():
-        out: Tensor = model(**inputs).logits
-    return out
 
 
 def with_biases(dtype: torch.dtype = torch.float32) -> VLM:
@@ -153,32 +147,6 @@ def test_it_stands_with_lora_on_the_same_layers(order: tuple[str, str]) -> None:
     assert logits(model, inputs).equal(adapted)
     tuned.remove()
     assert not changed(state, model)
-
-
-@pytest.mark.parametrize("reentrant", [False, True])
-def test_checkpointed_gradients_are_those_without(reentrant: bool) -> None:
-    gradients = []
-    for checkpoint in (False, True):
-        model = with_biases()
-        tuned = tune(model, [BitFit()])
-        if checkpoint:
-            model.language.enable_input_require_grads()
-            model.language.gradient_checkpointing_enable({"use_reentrant": reentrant})
-        model.train()
-        model(**text()).loss.backward()
-        gradients.append({name: p.grad for name, p in tuned.trainable().items()})
-    for name, gradient in gradients[0].items():
-        torch.testing.assert_close(gradient, gradients[1][name], rtol=1e-6, atol=1e-6)
-
-
-def test_saved_and_read_it_is_the_same(tmp_path: Path) -> None:
-    model = with_biases()
-    tuned = tune(model, [BitFit()])
-    randomise(tuned.trainable())
-    tuned.save(tmp_path)
-    again = with_biases()
-    tune(again, [BitFit()]).load(tmp_path)
-    assert logits(again, text()).equal(logits(model, text()))
 
 
 def test_a_model_without_biases_is_refused_with_what_to_use_instead(language_dir: Path) -> None:

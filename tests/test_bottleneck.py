@@ -8,26 +8,17 @@ from typing import Any
 import pytest
 import torch
 from families import FAMILIES
-from tiny_models import changed, hf_inputs, hf_llava, our_inputs, our_vlm, randomise, state_of
+from tiny_models import changed, hf_inputs, hf_llava, logits, make, randomise, state_of
 from torch import Tensor, nn
 
 from vlmpeft import tune
 from vlmpeft.errors import ConfigError, ModelError
-from vlmpeft.parts import Parts, parts_of
+from vlmpeft.parts import Parts
 from vlmpeft.tuners import BottleneckAdapter, LoRA
-from vlmpeft.tuners.bottleneck import Bottleneck, parameter_count
+from vlmpeft.tuners.bottleneck import parameter_count
+from vlmpeft.tuners.bottleneck_layers import Bottleneck
 
 D, K = 32, 6
-
-
-def logits(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
-    with torch.no_grad():
-        out: Tensor = model(**inputs).logits
-    return out
-
-
-def make(kind: str, language_dir: Path) -> tuple[Any, dict[str, Tensor]]:
-    return (our_vlm(language_dir), our_inputs()) if kind == "ours" else (hf_llava(), hf_inputs())
 
 
 KINDS = pytest.mark.parametrize("kind", ["ours", "hf"])
@@ -91,76 +82,12 @@ def test_a_block_gives_the_closed_form_and_its_gradients(activation: Any, placem
 
 
 @KINDS
-@pytest.mark.parametrize("where", ["all", "visual", "answer"])
-@pytest.mark.parametrize("placement", ["houlsby", "pfeiffer"])
-def test_it_starts_as_the_untouched_model_and_leaves_it_bit_for_bit(
-    kind: str, where: Any, placement: Any, language_dir: Path
-) -> None:
-    model, inputs = make(kind, language_dir)
-    state, before = state_of(model), logits(model, inputs)
-    tuned = tune(model, [BottleneckAdapter(K, placement, where=where)])
-    assert logits(model, inputs).equal(before)
-    randomise(tuned.trainable())
-    assert not logits(model, inputs).equal(before)
-    with tuned.disable():
-        assert logits(model, inputs).equal(before)
-    tuned.remove()
-    assert not changed(state, model)
-    assert logits(model, inputs).equal(before)
-
-
-@KINDS
 @pytest.mark.parametrize(("placement", "modules"), [("houlsby", 4), ("pfeiffer", 2)])
 def test_what_it_trains_is_what_the_formula_says(kind: str, placement: Any, modules: int, language_dir: Path) -> None:
     model, _ = make(kind, language_dir)
     tuned = tune(model, [BottleneckAdapter(K, placement)])
     assert sum(p.numel() for p in tuned.trainable().values()) == parameter_count(D, K, modules)
     assert parameter_count(D, K, modules) == modules * (2 * D * K + D + K)
-
-
-@KINDS
-@pytest.mark.parametrize("where", ["visual", "text", "answer"])
-def test_at_tokens_it_is_not_for_a_module_gives_what_the_base_gives(kind: str, where: Any, language_dir: Path) -> None:
-    model, inputs = make(kind, language_dir)
-    tuned = tune(model, [BottleneckAdapter(K, where=where)])
-    randomise(tuned.trainable())
-    seen: list[Tensor] = []
-    mlp = parts_of(model).blocks[0].mlp
-    mlp.register_forward_hook(lambda m, args, out: seen.extend((out, m.base_layer(*args))))
-    logits(model, inputs)
-    image = model.parts.image_token_id if kind == "ours" else model.config.image_token_id
-    visual = inputs["input_ids"] == image
-    expected = {"visual": visual, "text": ~visual, "answer": inputs["labels"] != -100}[where]
-    assert (seen[0] != seen[1]).any(-1).equal(expected)
-
-
-@KINDS
-@pytest.mark.parametrize("reentrant", [False, True])
-@pytest.mark.parametrize("where", ["all", "visual"])
-def test_checkpointed_gradients_are_those_without(kind: str, reentrant: bool, where: Any, language_dir: Path) -> None:
-    gradients = []
-    for checkpoint in (False, True):
-        model, inputs = make(kind, language_dir)
-        tuned = tune(model, [BottleneckAdapter(K, where=where)])
-        randomise(tuned.trainable())
-        if checkpoint:
-            language = model.language if kind == "ours" else model
-            language.enable_input_require_grads()
-            language.gradient_checkpointing_enable({"use_reentrant": reentrant})
-        model.train()
-        model(**inputs).loss.backward()
-        gradients.append({name: p.grad for name, p in tuned.trainable().items()})
-    assert all(gradient is not None for gradient in gradients[0].values())
-    for name, gradient in gradients[0].items():
-        torch.testing.assert_close(gradient, gradients[1][name], rtol=1e-6, atol=1e-6)
-
-
-def test_generation_with_a_cache_equals_that_without() -> None:
-    model, inputs = hf_llava(), {k: v for k, v in hf_inputs().items() if k != "labels"}
-    randomise(tune(model, [BottleneckAdapter(K, where="text")]).trainable())
-    fixed = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
-    cached = model.generate(**inputs, **fixed)
-    assert model.generate(**inputs, **fixed, use_cache=False).equal(cached)
 
 
 @KINDS
@@ -185,29 +112,6 @@ def test_it_acts_on_the_vision_tower() -> None:
     assert logits(model, inputs).equal(before)
     randomise(tuned.trainable())
     assert not logits(model, inputs).equal(before)
-
-
-@KINDS
-def test_saved_and_read_it_is_the_same(kind: str, language_dir: Path, tmp_path: Path) -> None:
-    model, inputs = make(kind, language_dir)
-    tuned = tune(model, [BottleneckAdapter(K)])
-    randomise(tuned.trainable())
-    tuned.save(tmp_path)
-    again, _ = make(kind, language_dir)
-    tune(again, [BottleneckAdapter(K)]).load(tmp_path)
-    assert logits(again, inputs).equal(logits(model, inputs))
-
-
-def test_on_a_bf16_model_it_stays_fp32(language_dir: Path) -> None:
-    model, inputs = our_vlm(language_dir, torch.bfloat16), our_inputs()
-    inputs["pixel_values"] = inputs["pixel_values"].bfloat16()
-    before = logits(model, inputs)
-    tuned = tune(model, [BottleneckAdapter(K)])
-    assert {p.dtype for p in tuned.trainable().values()} == {torch.float32}
-    assert logits(model, inputs).equal(before)
-    randomise(tuned.trainable())
-    model(**inputs).loss.backward()
-    assert all(p.grad is not None for p in tuned.trainable().values())
 
 
 def test_what_cannot_be_done_is_said() -> None:

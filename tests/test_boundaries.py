@@ -27,20 +27,21 @@ LEVELS: dict[int, str] = {
     "eval.mmmu eval.mmmu_data eval.mmmu_parse eval.scienceqa eval.mmbench eval.iconqa eval.choice",
     2: "adapter_files adapter_learn adapter_merge pool config sections yaml_file recipe data_config records data "
     "sample_store sample_text mixture record_encoder prepare stage features vlm quant quant_memory tune conflicts "
-    "weights optim "
-    "language tokens hf_chat prefix decode forward trackers align distributed sharding drift diagnose_config "
-    "report report_attention report_data report_sections report_retention report_style charts scene_questions",
+    "weights optim language tokens hf_chat prefix decode forward trackers align distributed sharding drift "
+    "diagnose_config report report_attention report_data report_sections report_retention report_style charts "
+    "scene_questions steps",
     1: "vision vision_timm vision_transformers vision_open_clip vision_weights encoder template images projectors "
     "projectors.linear projectors.mlp projectors.ldp projectors.pixel_shuffle projectors.resampler "
     "projectors.qformer projectors.identity tuners tuners.dora tuners.embedding_lora tuners.full tuners.krona "
     "tuners.oft tuners.vera tuners.lora tuners.tokens tuners.bitfit tuners.bottleneck tuners.fish tuners.ia3 "
     "tuners.layers tuners.norm tuners.unfreeze tuners.prefix_tuning tuners.prompt tuners.ptuning steering "
     "steering.attention steering.layers steering.mores steering.pictures steering.positions steering.probe "
-    "steering.reference steering.statistics steering.units recipes",
+    "steering.reference steering.statistics steering.units recipes tuners.adalora tuners.unipelt",
     0: "batch parts quant_weight routing routed registry errors fs anyres loss schema sources safe_paths layouts "
     "layout_names layout_tokenizer llava_layout manifest sampling stopping json_stream normalise readers "
     "projectors.base projectors.layers tuners.attachment tuners.base tuners.linear tuners.targets tuners.sites "
-    "tuners.substitute tuners.lora_init tuners.peft_folder tuners.virtual tuners.deep_prefix",
+    "tuners.substitute tuners.lora_init tuners.peft_folder tuners.virtual tuners.deep_prefix quant_anew "
+    "tuners.lora_layers tuners.rank_budget tuners.bottleneck_layers tuners.gated_attention tuners.block_choice",
 }
 LEVEL = {name: level for level, names in LEVELS.items() for name in names.split()}
 GROUPS = {  # modules of level 1 that may import each other besides their own level-0 base
@@ -54,7 +55,12 @@ BASES = {  # of level 0, and the groups they are for
     "tuners.base": {"tuners", "steering"},
     "tuners.linear": {"tuners", "steering"},
     "tuners.lora_init": {"tuners"},
+    "tuners.lora_layers": {"tuners"},
     "tuners.peft_folder": {"tuners"},
+    "tuners.rank_budget": {"tuners"},
+    "tuners.block_choice": {"tuners"},
+    "tuners.bottleneck_layers": {"tuners"},
+    "tuners.gated_attention": {"tuners"},
     "tuners.targets": {"tuners", "steering"},
     "tuners.virtual": {"tuners"},
     "tuners.deep_prefix": {"tuners"},
@@ -65,11 +71,14 @@ WHERE = {  # an outside library and the modules that may import it; True if insi
     "omegaconf": ({"config"}, False),
     "yaml": ({"yaml_file"}, False),
     "accelerate": ({"loop", "trackers", "distributed", "sharding", "forward"}, False),
-    "transformers": ({"language", "vision_transformers", "decode", "prefix", "hf_llava", "tuners.prompt"}, True),
+    "transformers": (
+        {"language", "vision_transformers", "decode", "prefix", "hf_llava", "tuners.prompt", "tuners.gated_attention"},
+        True,
+    ),
     "huggingface_hub": ({"sources"}, True),
     "timm": ({"vision_timm"}, True),
     "open_clip": ({"vision_open_clip"}, True),
-    "bitsandbytes": ({"quant", "quant_weight"}, True),
+    "bitsandbytes": ({"quant", "quant_weight", "quant_anew"}, True),
     "peft": (set(), True),
     "datasets": ({"readers"}, True),
     "pyarrow": ({"readers", "sample_store", "eval.mmmu_data"}, True),

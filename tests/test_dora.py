@@ -9,10 +9,7 @@ import pytest
 import torch
 from peft import LoraConfig
 from peft_twins import (
-    assert_checkpointing_changes_nothing,
-    assert_lives,
     assert_same,
-    assert_stock_peft_agrees,
     base_linear,
     inputs,
     logits,
@@ -75,19 +72,6 @@ def test_the_magnitude_of_the_merged_weight_is_the_learned_one() -> None:
     merging: Any = theirs
     merging.merge()
     torch.testing.assert_close(layer.weight, merging.base_layer.weight)
-
-
-@pytest.mark.parametrize("tuner", [DoRA(R), DoRA(R, 6.0, rslora=True, targets="minimal")])
-def test_stock_peft_loads_what_we_save(tuner: DoRA, language_dir: Path, tmp_path: Path) -> None:
-    assert_stock_peft_agrees(tuner, language_dir, tmp_path)
-
-
-def test_it_starts_as_the_base_merges_and_comes_out_bit_for_bit(language_dir: Path) -> None:
-    assert_lives(DoRA(R), language_dir)
-
-
-def test_checkpointing_changes_no_gradient(language_dir: Path) -> None:
-    assert_checkpointing_changes_nothing(DoRA(R), language_dir)
 
 
 def test_it_has_a_magnitude_for_every_output_and_touches_chosen_tokens_alone(language_dir: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, inject_adapter_in_model
-from peft_twins import assert_lives, assert_stock_peft_agrees, logits, share, tensors_of
+from peft_twins import logits, share, tensors_of
 from tiny_models import hf_inputs, hf_llava, our_vlm, randomise
 from torch import nn
 
@@ -42,14 +42,6 @@ def test_matches_peft_outputs_and_gradients(padding: int | None) -> None:
     assert found[0].keys() == found[1].keys()
     for name, tensor in found[1].items():
         torch.testing.assert_close(found[0][name], tensor, rtol=1e-5, atol=1e-5)
-
-
-def test_stock_peft_loads_what_we_save(language_dir: Path, tmp_path: Path) -> None:
-    assert_stock_peft_agrees(EmbeddingLoRA(R), language_dir, tmp_path)
-
-
-def test_it_starts_as_the_base_and_comes_out_bit_for_bit(language_dir: Path) -> None:
-    assert_lives(EmbeddingLoRA(R), language_dir, merges=False)
 
 
 def test_it_merges_where_the_head_has_weights_of_its_own_and_refuses_where_it_has_not(language_dir: Path) -> None:

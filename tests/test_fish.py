@@ -11,7 +11,7 @@ import pytest
 import torch
 from runs import in_child, outcome, run_train, signal_at
 from safetensors.torch import load_file
-from tiny_models import changed, hf_inputs, hf_llava, our_inputs, our_vlm, randomise, state_of
+from tiny_models import changed, logits, make, our_inputs, our_vlm, randomise, state_of
 from torch import Tensor, nn
 
 from vlmpeft import loop, tune
@@ -22,16 +22,6 @@ from vlmpeft.tuners import FishMask
 from vlmpeft.tuners.fish import Mask
 
 SHARE = 0.01
-
-
-def logits(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
-    with torch.no_grad():
-        out: Tensor = model(**inputs).logits
-    return out
-
-
-def make(kind: str, language_dir: Path) -> tuple[Any, dict[str, Tensor]]:
-    return (our_vlm(language_dir), our_inputs()) if kind == "ours" else (hf_llava(), hf_inputs())
 
 
 def losses(model: Any, inputs: dict[str, Tensor]) -> Iterator[Tensor]:

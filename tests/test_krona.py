@@ -11,10 +11,7 @@ from peft import LoKrConfig
 from peft_twins import (
     D_IN,
     D_OUT,
-    assert_checkpointing_changes_nothing,
-    assert_lives,
     assert_same,
-    assert_stock_peft_agrees,
     base_linear,
     inputs,
     logits,
@@ -60,20 +57,6 @@ def test_the_factors_of_a_width_are_as_near_as_they_come(width: int, expected: t
 
 def test_the_update_has_full_rank() -> None:
     assert torch.linalg.matrix_rank(pair()[0].delta()) == min(D_IN, D_OUT)
-
-
-@pytest.mark.parametrize("tuner", TUNERS)
-def test_stock_peft_loads_what_we_save(tuner: KronA, language_dir: Path, tmp_path: Path) -> None:
-    assert_stock_peft_agrees(tuner, language_dir, tmp_path)
-
-
-@pytest.mark.parametrize("tuner", TUNERS)
-def test_it_starts_as_the_base_merges_and_comes_out_bit_for_bit(tuner: KronA, language_dir: Path) -> None:
-    assert_lives(tuner, language_dir)
-
-
-def test_checkpointing_changes_no_gradient(language_dir: Path) -> None:
-    assert_checkpointing_changes_nothing(TUNERS[0], language_dir)
 
 
 def test_it_touches_chosen_tokens_alone_and_has_as_many_parameters_as_the_formula(language_dir: Path) -> None:

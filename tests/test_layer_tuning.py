@@ -7,39 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import changed, hf_inputs, hf_llava, our_inputs, our_vlm, randomise, state_of
-from torch import Tensor, nn
+from tiny_models import changed, hf_llava, logits, make, our_inputs, our_vlm, randomise, state_of
 
 from vlmpeft import tune
 from vlmpeft.errors import ConfigError, ModelError
 from vlmpeft.parts import parts_of
 from vlmpeft.tuners import LayerTuning, LoRA, NormTuning
-from vlmpeft.tuners.layers import which_blocks
-
-
-def logits(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
-    with torch.no_grad():
-        out: Tensor = model(**inputs).logits
-    return out
-
-
-def make(kind: str, language_dir: Path) -> tuple[Any, dict[str, Tensor]]:
-    return (our_vlm(language_dir), our_inputs()) if kind == "ours" else (hf_llava(), hf_inputs())
-
 
 KINDS = pytest.mark.parametrize("kind", ["ours", "hf"])
-
-
-@pytest.mark.parametrize(
-    ("which", "expected"),
-    [
-        ("last:1", [7]), ("last:3", [5, 6, 7]), ("last:8", list(range(8))), ("first_last:1,1", [0, 7]),
-        ("first_last:2,1", [0, 1, 7]), ("every:1", list(range(8))), ("every:3", [0, 3, 6]), ("every:9", [0]),
-        ((3, 1, -1, 3), [1, 3, 7]),
-    ],
-)  # fmt: skip
-def test_blocks_are_named_in_a_word(which: Any, expected: list[int]) -> None:
-    assert which_blocks(which, 8) == expected
 
 
 @pytest.mark.parametrize("which", ["", "all", "last:0", "last:", "last:1,2", "first_last:1", "every:-1", ()])
@@ -86,24 +61,6 @@ def test_one_step_gives_what_training_the_block_in_place_gives(kind: str, langua
             optimizer.zero_grad()
     tuned.merge_and_unload()
     assert not changed(state_of(theirs), ours)
-
-
-@KINDS
-@pytest.mark.parametrize("reentrant", [False, True])
-def test_checkpointed_gradients_are_those_without(kind: str, reentrant: bool, language_dir: Path) -> None:
-    gradients = []
-    for checkpoint in (False, True):
-        model, inputs = make(kind, language_dir)
-        tuned = tune(model, [LayerTuning("first_last:1,1")])
-        if checkpoint:
-            language = model.language if kind == "ours" else model
-            language.enable_input_require_grads()
-            language.gradient_checkpointing_enable({"use_reentrant": reentrant})
-        model.train()
-        model(**inputs).loss.backward()
-        gradients.append({name: p.grad for name, p in tuned.trainable().items()})
-    for name, gradient in gradients[0].items():
-        torch.testing.assert_close(gradient, gradients[1][name], rtol=1e-6, atol=1e-6)
 
 
 def test_on_a_bf16_model_it_trains_fp32_copies_and_saves_them(language_dir: Path, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from vlmpeft.errors import ConfigError
 from vlmpeft.tuners import LoRA
-from vlmpeft.tuners.lora import LoRALinear
+from vlmpeft.tuners.lora_layers import LoRALinear
 
 D_IN, D_OUT, R, ALPHA = 24, 40, 4, 12.0
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import changed, hf_inputs, hf_llava, our_inputs, our_vlm, randomise, state_of
+from tiny_models import changed, hf_inputs, hf_llava, logits, our_inputs, our_vlm, randomise, state_of
 from torch import Tensor, nn
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
@@ -16,12 +16,6 @@ from vlmpeft import tune
 from vlmpeft.errors import ConfigError, ModelError
 from vlmpeft.tuners import BitFit, NormTuning
 from vlmpeft.tuners.sites import is_norm
-
-
-def logits(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
-    with torch.no_grad():
-        out: Tensor = model(**inputs).logits
-    return out
 
 
 def make(kind: str, language_dir: Path) -> tuple[Any, dict[str, Tensor], str]:
@@ -78,43 +72,6 @@ def test_gradients_and_merged_weights_are_those_of_norms_trained_in_place(kind: 
         torch.testing.assert_close(tuned.trainable()[name].grad, parameter.grad, rtol=1e-6, atol=1e-6)
     tuned.merge_and_unload()
     assert all(value.equal(twin.state_dict()[name]) for name, value in model.state_dict().items())
-
-
-@pytest.mark.parametrize("reentrant", [False, True])
-def test_checkpointed_gradients_are_those_without(reentrant: bool, language_dir: Path) -> None:
-    gradients = []
-    for checkpoint in (False, True):
-        model, inputs, _ = make("ours", language_dir)
-        tuned = tune(model, [NormTuning()])
-        if checkpoint:
-            model.language.enable_input_require_grads()
-            model.language.gradient_checkpointing_enable({"use_reentrant": reentrant})
-        model.train()
-        model(**inputs).loss.backward()
-        gradients.append({name: p.grad for name, p in tuned.trainable().items()})
-    for name, gradient in gradients[0].items():
-        torch.testing.assert_close(gradient, gradients[1][name], rtol=1e-6, atol=1e-6)
-
-
-def test_on_a_bf16_model_it_trains_fp32_copies(language_dir: Path) -> None:
-    model, inputs = our_vlm(language_dir, torch.bfloat16), our_inputs()
-    inputs["pixel_values"] = inputs["pixel_values"].bfloat16()
-    before = logits(model, inputs)
-    tuned = tune(model, [NormTuning()])
-    assert logits(model, inputs).equal(before)
-    model(**inputs).loss.backward()
-    assert {p.grad.dtype for p in tuned.trainable().values()} == {torch.float32}
-
-
-@KINDS
-def test_saved_and_read_it_is_the_same(kind: str, language_dir: Path, tmp_path: Path) -> None:
-    model, inputs, _ = make(kind, language_dir)
-    tuned = tune(model, [NormTuning()])
-    randomise(tuned.trainable())
-    tuned.save(tmp_path)
-    again, _, _ = make(kind, language_dir)
-    tune(again, [NormTuning()]).load(tmp_path)
-    assert logits(again, inputs).equal(logits(model, inputs))
 
 
 def test_what_cannot_be_done_is_said() -> None:

@@ -9,10 +9,7 @@ import pytest
 import torch
 from peft import OFTConfig
 from peft_twins import (
-    assert_checkpointing_changes_nothing,
-    assert_lives,
     assert_same,
-    assert_stock_peft_agrees,
     base_linear,
     inputs,
     logits,
@@ -72,20 +69,6 @@ def test_the_base_runs_once(language_dir: Path) -> None:
 def test_a_width_that_blocks_do_not_divide_is_refused_with_the_nearest_that_do(language_dir: Path) -> None:
     with pytest.raises(ModelError, match=r"M551.*5.*32.*example to 4"):
         tune(our_vlm(language_dir), [OFT(5)])
-
-
-@pytest.mark.parametrize("tuner", TUNERS)
-def test_stock_peft_loads_what_we_save(tuner: OFT, language_dir: Path, tmp_path: Path) -> None:
-    assert_stock_peft_agrees(tuner, language_dir, tmp_path)
-
-
-@pytest.mark.parametrize("tuner", TUNERS)
-def test_it_starts_as_the_base_merges_and_comes_out_bit_for_bit(tuner: OFT, language_dir: Path) -> None:
-    assert_lives(tuner, language_dir)
-
-
-def test_checkpointing_changes_no_gradient(language_dir: Path) -> None:
-    assert_checkpointing_changes_nothing(TUNERS[0], language_dir)
 
 
 def test_it_touches_chosen_tokens_alone_and_has_as_many_parameters_as_the_formula(language_dir: Path) -> None:

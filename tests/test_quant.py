@@ -10,7 +10,7 @@ import bitsandbytes
 import pytest
 import torch
 from bitsandbytes import functional
-from quant_models import EIGHT, NF4, dense_twin, make_wide, quantised_layers, quantised_vlm
+from quant_models import EIGHT, NF4, dense_twin, quantised_layers, quantised_vlm
 from tiny_models import our_inputs, our_vlm, randomise
 from torch import Tensor, nn
 
@@ -25,9 +25,9 @@ from vlmpeft.tuners import Full, LoRA
 FP4 = torch.tensor([0, 0.0625, 2, 3, 4, 6, 8, 12]) / 12  # bitsandbytes' code book; the signs are symmetric
 
 
-@pytest.fixture(scope="module")
-def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_wide(tmp_path_factory.mktemp("wide"))
+@pytest.fixture
+def wide(wide_dir: Path) -> Path:
+    return wide_dir
 
 
 def nf4_codes() -> Tensor:

@@ -20,7 +20,7 @@ from vlmpeft.errors import ConfigError, EvalError, VlmpeftError
 from vlmpeft.recipe import RetentionConfig
 from vlmpeft.retention import BUILTIN, Choice, Retained, read_retention
 from vlmpeft.stopping import StopSignal
-from vlmpeft.tuners.lora import LoRALinear
+from vlmpeft.tuners.lora_layers import LoRALinear
 
 TEXTS = ("A red square.", "Is there a blue image? No", "What is shown? A photo of a green square.")
 QUESTIONS = (

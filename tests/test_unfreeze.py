@@ -9,27 +9,17 @@ from typing import Any
 import pytest
 import torch
 from runs import in_child, make_trainer, outcome, run_train, signal_at
-from tiny_models import changed, hf_inputs, hf_llava, our_inputs, our_vlm, randomise, state_of
-from torch import Tensor, nn
+from tiny_models import changed, hf_llava, logits, make, our_vlm, randomise, state_of
 
-from vlmpeft import forward, loop, tune
+from vlmpeft import loop, tune
 from vlmpeft.errors import ConfigError, EnvironmentFault
 from vlmpeft.parts import parts_of
+from vlmpeft.steps import Steps
 from vlmpeft.stopping import StopSignal
 from vlmpeft.tuners import GradualUnfreezing, LayerTuning
 
 UNFREEZE = "stages.instruct.tuners.unfreeze={kind: unfreeze, groups: [1, 1], steps: [0, 2], lr: 1e-3}"
 RECIPE = ("stages.instruct.tuners.lora=null", "stages.instruct.tuners.projector=null", UNFREEZE)
-
-
-def logits(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
-    with torch.no_grad():
-        out: Tensor = model(**inputs).logits
-    return out
-
-
-def make(kind: str, language_dir: Path) -> tuple[Any, dict[str, Tensor]]:
-    return (our_vlm(language_dir), our_inputs()) if kind == "ours" else (hf_llava(), hf_inputs())
 
 
 KINDS = pytest.mark.parametrize("kind", ["ours", "hf"])
@@ -108,13 +98,9 @@ def test_it_trains_and_saves_what_layer_tuning_of_the_same_blocks_does(
 
 
 def test_several_processes_are_refused(language_dir: Path) -> None:
-    class Two:
-        num_processes = 2
-
     tuned = tune(our_vlm(language_dir), [GradualUnfreezing((1,), (0,))])
-    two: Any = Two()
     with pytest.raises(EnvironmentFault, match=r"E434.*'unfreeze'.*one process"):
-        forward.before_step(two, tuned, 0)
+        Steps(tuned, 10, processes=2)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,14 @@ class Patches(nn.Module):
 
 
 def our_vlm(language: Path, dtype: torch.dtype = torch.float32) -> VLM:
+    """A copy, as reading one takes four times as long; what is drawn after it is the same every time."""
+    model = copy.deepcopy(_our_vlm(language, dtype))
+    torch.manual_seed(1)
+    return model
+
+
+@functools.cache
+def _our_vlm(language: Path, dtype: torch.dtype) -> VLM:
     from transformers import AutoModelForCausalLM
 
     causal_lm = AutoModelForCausalLM.from_pretrained(language, dtype=dtype)
@@ -50,6 +60,14 @@ def our_inputs() -> dict[str, Tensor]:
 
 
 def hf_llava(tie: bool = False) -> Any:
+    """A copy, as `our_vlm`."""
+    model = copy.deepcopy(_hf_llava(tie))
+    torch.manual_seed(1)
+    return model
+
+
+@functools.cache
+def _hf_llava(tie: bool) -> Any:
     from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
     torch.manual_seed(0)
@@ -70,12 +88,12 @@ def hf_inputs() -> dict[str, Tensor]:
     return {"input_ids": ids, "pixel_values": torch.randn(1, 3, 8, 8), "labels": ids.masked_fill(ids == IMAGE_ID, -100)}
 
 
-def randomise(parameters: dict[str, nn.Parameter], seed: int = 3) -> None:
+def randomise(parameters: dict[str, nn.Parameter], seed: int = 3, scale: float = 0.1) -> None:
     """Give tuned parameters values that change the outputs: B is zero at init."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in parameters.values():
-            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * scale)
 
 
 def state_of(model: nn.Module) -> dict[str, Tensor]:
@@ -88,3 +106,15 @@ def changed(before: dict[str, Tensor], model: nn.Module) -> set[str]:
     now = state_of(model)
     differ = {k for k in now.keys() & before.keys() if now[k].dtype != before[k].dtype or not now[k].equal(before[k])}
     return differ | (now.keys() ^ before.keys())
+
+
+def make(kind: str, language_dir: Path) -> tuple[Any, dict[str, Tensor]]:
+    """A model we assemble ("ours") or one of Hugging Face's, and inputs for it."""
+    return (our_vlm(language_dir), our_inputs()) if kind == "ours" else (hf_llava(), hf_inputs())
+
+
+def logits(model: Any, inputs: dict[str, Tensor]) -> Tensor:
+    """What a model gives without labels and gradients."""
+    with torch.no_grad():
+        out: Tensor = model(**{k: v for k, v in inputs.items() if k != "labels"}).logits
+    return out

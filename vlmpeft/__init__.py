@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from vlmpeft.config import load_recipe
     from vlmpeft.parts import Parts, parts_of
     from vlmpeft.recipe import Recipe
+    from vlmpeft.steps import Steps
     from vlmpeft.tune import Tuned, tune
 
 __version__ = "0.1.0"
@@ -24,6 +25,7 @@ _HOME = {
     "Bundle": "build",
     "Parts": "parts",
     "Recipe": "recipe",
+    "Steps": "steps",
     "Tuned": "tune",
     "build": "build",
     "load": "checkpoint",
@@ -31,7 +33,7 @@ _HOME = {
     "parts_of": "parts",
     "tune": "tune",
 }
-__all__ = ["Bundle", "Parts", "Recipe", "Tuned", "build", "load", "load_recipe", "parts_of", "tune"]
+__all__ = ["Bundle", "Parts", "Recipe", "Steps", "Tuned", "build", "load", "load_recipe", "parts_of", "tune"]
 
 
 def __getattr__(name: str) -> Any:

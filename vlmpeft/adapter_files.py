@@ -19,8 +19,8 @@ from torch import Tensor
 
 from vlmpeft import fs
 from vlmpeft.errors import ModelError
-from vlmpeft.tuners.peft_folder import peft_settings, read_config
-from vlmpeft.weights import ADAPTER_FILE, ADAPTERS, PEFT_PREFIX, read_tensors
+from vlmpeft.tuners.peft_folder import PEFT_PREFIX, peft_settings, read_config
+from vlmpeft.weights import ADAPTER_FILE, ADAPTERS, read_tensors
 
 LINEAR = ("lora_A.weight", "lora_B.weight")
 EMBEDDING = ("lora_embedding_A", "lora_embedding_B")

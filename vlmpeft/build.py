@@ -25,6 +25,7 @@ from vlmpeft.recipe import Recipe, Stage
 from vlmpeft.template import TurnEncoder
 from vlmpeft.tokens import add_tokens
 from vlmpeft.tune import Tuned
+from vlmpeft.tuners.base import ReadsOriginals
 from vlmpeft.tuners.tokens import grow
 from vlmpeft.vision import Encoder, empty_vision, load_vision
 from vlmpeft.vlm import VLM
@@ -146,7 +147,9 @@ def assemble(recipe: Recipe, device: torch.device, dtype: torch.dtype, seed: int
         projector = _projector(recipe, vision, width_of(language))
     image_scale = math.sqrt(width_of(language)) if config.scale_image_embeddings else 1.0
     model = VLM(vision.to(dtype), projector, language, image_scale)
-    quantise(model, recipe.quant, device=device)
+    tuners = [tuner for stage in recipe.stages.values() for tuner in stage.tuners.values()]
+    originals = any(isinstance(t, ReadsOriginals) and t.needs_originals for t in tuners)
+    quantise(model, recipe.quant, device=device, keep_originals=originals)
     model = model.to(device).requires_grad_(False)
     data = recipe.data
     transform = ImageTransform(

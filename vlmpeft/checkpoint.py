@@ -18,6 +18,8 @@ from vlmpeft.errors import ModelError
 from vlmpeft.images import ImageTransform
 from vlmpeft.manifest import verify, write_manifest
 from vlmpeft.quant import QuantConfig
+from vlmpeft.recipe import Recipe
+from vlmpeft.tuners.base import ReadsOriginals
 from vlmpeft.weights import PROJECTOR, assign, read_strict
 
 MERGED = "language"  # the folder of a merged language model inside a model directory
@@ -145,7 +147,7 @@ def load(
         language = dataclasses.replace(recipe.language, name=str(directory / MERGED))
         recipe = dataclasses.replace(recipe, language=language)
     if not quantised:
-        recipe = dataclasses.replace(recipe, quant=QuantConfig())
+        recipe = _unquantised(recipe)
     where = choose_device(device)
     bundle = assemble(recipe, where, dtype or choose_dtype(recipe.run.precision, where), recipe.run.seed)
     restore(bundle, directory, manifest)
@@ -153,6 +155,15 @@ def load(
     bundle.image_transform = _transform(json.loads((directory / "image_processor.json").read_text(encoding="utf-8")))
     bundle.model.eval()
     return bundle
+
+
+def _unquantised(recipe: Recipe) -> Recipe:
+    """A recipe for whole weights; what its tuners learned on quantised ones is the same update there."""
+    stages = {}
+    for name, stage in recipe.stages.items():
+        tuners = {k: t.on_whole_weights() if isinstance(t, ReadsOriginals) else t for k, t in stage.tuners.items()}
+        stages[name] = dataclasses.replace(stage, tuners=tuners)
+    return dataclasses.replace(recipe, quant=QuantConfig(), stages=stages)
 
 
 def _transform(values: Mapping[str, Any]) -> ImageTransform:

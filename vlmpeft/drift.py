@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from vlmpeft.tune import Tuned
-from vlmpeft.tuners.lora import LoRALinear
+from vlmpeft.tuners.lora_layers import LoRALinear
 
 
 class Drift:

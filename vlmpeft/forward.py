@@ -12,10 +12,9 @@ from torch import Tensor
 
 from vlmpeft.data import Loaded, Samples, load_batches, micro_batches
 from vlmpeft.distributed import total
-from vlmpeft.errors import EnvironmentFault
 from vlmpeft.stage import StageData
 from vlmpeft.tune import Tuned
-from vlmpeft.tuners.base import BeforeStep, Calibrated
+from vlmpeft.tuners.base import Calibrated
 
 
 def loss_of(accelerator: Accelerator, model: Any, loaded: Loaded, divisor: int) -> Tensor:
@@ -34,17 +33,6 @@ def calibrate(accelerator: Accelerator, tuned: Tuned, data: StageData, seed: int
             batches = load_batches(Samples(data.train, data.load), [[index] for index in drawn], data.workers)
             losses = (loss_of(accelerator, tuned.model, loaded, 1) for loaded in batches)
             tuner.calibrate(tuned.model, tuned.parts, losses)
-
-
-def before_step(accelerator: Accelerator, tuned: Tuned, step: int) -> None:
-    """Let tuners set what trains in a step. Raises: EnvironmentFault E434 in several processes, which all train it."""
-    for name in sorted(tuned.active):
-        tuner = tuned.applied[name].tuner
-        if isinstance(tuner, BeforeStep):
-            if accelerator.num_processes > 1:
-                message = f"tuner '{name}' ({tuned.applied[name].tuner.kind}) trains more and more weights."
-                raise EnvironmentFault("E434", message, "train in one process, or use a tuner of kind layers.")
-            tuner.before_step(tuned.parts, step)
 
 
 @torch.no_grad()

@@ -14,7 +14,8 @@ from vlmpeft.hf_llava import check_projector
 from vlmpeft.llava_layout import MEMORY, new_name, renamed
 from vlmpeft.tune import Applied
 from vlmpeft.tuners import LoRA
-from vlmpeft.weights import ADAPTER_FILE, PEFT_PREFIX, peft_tensors
+from vlmpeft.tuners.peft_folder import PEFT_PREFIX
+from vlmpeft.weights import ADAPTER_FILE, peft_tensors
 
 WHERE = "a peft adapter on transformers' LLaVA"
 PROJECTOR = "multi_modal_projector"
@@ -35,7 +36,7 @@ def export_peft(bundle: Bundle, target: Path, base: str) -> None:
     tensors: dict[str, Tensor] = peft_tensors(one, bundle.model)
     tensors |= {f"projector.{k}": v for k, v in bundle.model.projector.state_dict().items()}
     modules = [new_name(name, MEMORY).rsplit(".", 2)[0] for name in one.parameters]
-    config = tuner.peft_config(base, []) | {"target_modules": pattern(modules), "modules_to_save": [PROJECTOR]}
+    config = tuner.peft_config(base, modules) | {"target_modules": pattern(modules), "modules_to_save": [PROJECTOR]}
     with fs.new_directory(target) as directory:
         found = {PEFT_PREFIX + name: tensor for name, tensor in renamed(tensors, MEMORY).items()}
         fs.write_tensors(directory / ADAPTER_FILE, found)

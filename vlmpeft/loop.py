@@ -24,14 +24,14 @@ from vlmpeft.build import Bundle, enter_stage
 from vlmpeft.data import Loaded, Samples, load_batches, micro_batches
 from vlmpeft.diagnose import Diagnosis
 from vlmpeft.distributed import any_process, total
-from vlmpeft.drift import Drift
 from vlmpeft.errors import EnvironmentFault, NumericError
-from vlmpeft.forward import before_step, calibrate, checkpoint_activations, held_out_loss, loss_of
+from vlmpeft.forward import calibrate, checkpoint_activations, held_out_loss, loss_of
 from vlmpeft.manifest import verify
 from vlmpeft.optim import lr_factor, make_optimizer, parameter_groups, set_lr
 from vlmpeft.recipe import RunConfig, Stage
 from vlmpeft.resume import Position
 from vlmpeft.stage import StageData, StageResult, counter_seed, planned, total_steps
+from vlmpeft.steps import Steps
 from vlmpeft.stopping import Preempted, StopSignal
 
 METRICS = "metrics.jsonl"
@@ -59,18 +59,17 @@ class StageTrainer:
         self.sharded = sharding.wanted(accelerator)
         if self.sharded:
             sharding.shard(bundle.tuned, accelerator)
-        self.drift = Drift(bundle.tuned, stage.optim.l2_sp) if stage.optim.l2_sp else None
+        self.total = total_steps(stage, data.epoch)
+        self.steps = Steps(bundle.tuned, self.total, stage.optim.l2_sp, accelerator.num_processes, self.sharded)
         groups = parameter_groups(bundle.tuned, stage.optim.lr, stage.optim.weight_decay)
         self.optimizer = make_optimizer(groups, stage.optim, accelerator.device)
-        self.total = total_steps(stage, data.epoch)
         self.samples = Samples(data.train, data.load)
         self.diagnosis = Diagnosis(bundle, stage, data, accelerator, self._log)
 
     def resume(self, directory: Path) -> None:
-        """Bring back the optimizer, and what L2-SP starts from, of a checkpoint written inside this stage."""
+        """Bring back the optimizer, and all else a step depends on, of a checkpoint written inside this stage."""
         resume.load_optimizer(self.optimizer, directory)
-        if self.drift is not None:
-            resume.load_start(self.drift, directory)
+        resume.load_steps(self.steps, directory)
 
     def train(self, stop: StopSignal) -> StageResult:
         """Run the stage to its end. The caller saves the end.
@@ -134,7 +133,7 @@ class StageTrainer:
     def _step(self, model: Any, optimizer: Any, group: list[Loaded], step: int) -> dict[str, Any]:
         """One optimizer step. Returns: loss per supervised token, gradient norm before clipping, supervised tokens."""
         model.train()
-        before_step(self.accelerator, self.bundle.tuned, step)
+        self.steps.before(step)
         supervised = int(total(self.accelerator, sum(g.batch.num_supervised for g in group)))
         try:
             value = self._gradients(model, group, step, supervised)
@@ -142,7 +141,7 @@ class StageTrainer:
             message = f"out of memory in stage {self.name} step {step + 1}: {str(error).splitlines()[0]}"
             knobs = "lower batch.micro or data.max_length, or set gradient_checkpointing=true."
             raise EnvironmentFault("E401", message, knobs) from error
-        drift = {} if self.drift is None else {"drift": float(sharding.gathered(self.drift.add_gradient()).item())}
+        penalties = {k: float(sharding.gathered(v).item()) for k, v in self.steps.add_gradients().items()}
         parameters = list(self.bundle.tuned.trainable().values())
         size = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         norm = float(sharding.gathered(size).item())
@@ -150,8 +149,9 @@ class StageTrainer:
         if self.stage.optim.clip is not None:
             torch.nn.utils.clip_grads_with_norm_(parameters, self.stage.optim.clip, size)
         optimizer.step()
+        told = self.steps.after(step)
         optimizer.zero_grad(set_to_none=True)
-        return {"loss": value, "grad_norm": norm, "supervised_tokens": supervised, **drift}
+        return {"loss": value, "grad_norm": norm, "supervised_tokens": supervised, **penalties, **told}
 
     def _gradients(self, model: Any, group: list[Loaded], step: int, supervised: int) -> float:
         """Forward and backward of every micro-batch; gradients add up. Returns: loss per supervised token."""
@@ -239,7 +239,7 @@ class StageTrainer:
     def _save(self) -> None:
         main, run = self.accelerator.is_main_process, self.run
         save = resume.save_checkpoint
-        save(self.bundle, self.run_dir, self.position, self.optimizer, run.keep, self.facts, self.drift, main)
+        save(self.bundle, self.run_dir, self.position, self.optimizer, run.keep, self.facts, self.steps, main)
         self.accelerator.wait_for_everyone()
 
     def _log(self, **row: Any) -> None:

@@ -22,6 +22,7 @@ from vlmpeft.recipe import Recipe
 from vlmpeft.record_encoder import Preparation
 from vlmpeft.stage import StageData
 from vlmpeft.trackers import check_trackers
+from vlmpeft.tuners.base import ReadsOriginals
 
 Say = Callable[[str], None]
 
@@ -45,6 +46,10 @@ def check_recipe(recipe: Recipe) -> None:
         if not stage.tuners:
             raise ConfigError("C106", f"stage {name} trains nothing.", "give it a tuner, for example lora.r=16.")
         check_optimizer(stage.optim.name)
+        loftq = [k for k, t in stage.tuners.items() if isinstance(t, ReadsOriginals) and t.needs_originals]
+        if loftq and recipe.quant.bits is None:
+            message = f"stage {name}: tuner '{loftq[0]}' has init=loftq, but nothing is quantised."
+            raise ConfigError("C102", message, "set quant.bits=4 or 8, or another init.")
         for file in data_files(recipe, name):
             if not Path(file.path).exists():
                 raise ConfigError("C110", f"{key}={file.path}: no such file.", f"check {key}.")

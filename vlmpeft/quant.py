@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from vlmpeft.errors import EnvironmentFault, ModelError
 from vlmpeft.parts import Parts, parts_of
+from vlmpeft.quant_anew import ORIGINAL
 from vlmpeft.quant_weight import is_quantised
 from vlmpeft.tuners.attachment import Attachment
 from vlmpeft.tuners.sites import is_norm
@@ -73,12 +74,15 @@ def check_quant(config: QuantConfig) -> Any:
     return bitsandbytes_for(f"quant.bits={config.bits}", "train LoRA on the full weights with quant=null")
 
 
-def quantise(model: nn.Module, config: QuantConfig, parts: Parts | None = None, device: Any = None) -> None:
+def quantise(
+    model: nn.Module, config: QuantConfig, parts: Parts | None = None, device: Any = None, keep_originals: bool = False
+) -> None:
     """Put the linear layers of the language model's blocks into few bits, in place, one at a time; freeze them.
 
     Args:
         model: any model with `Parts`, not tuned yet: load, then quantise, then tune.
         device: where the quantised layers go; None leaves each where it is.
+        keep_originals: whether a layer remembers the weight it had until an adapter that needs it is there (LoftQ).
 
     Raises: EnvironmentFault E410; ModelError M558 for a model with adapters, or quantised before.
     """
@@ -93,7 +97,10 @@ def quantise(model: nn.Module, config: QuantConfig, parts: Parts | None = None, 
     linears: dict[str, Any] = dict(find_linears(model, parts, "language", ALL_LINEAR))
     for path in list(linears):
         linear = linears.pop(path)  # so that its weight is freed before the next is packed
-        replace_module(model, path, into(bitsandbytes.nn, linear, config, device or linear.weight.device))
+        layer = into(bitsandbytes.nn, linear, config, device or linear.weight.device)
+        if keep_originals:
+            setattr(layer, ORIGINAL, linear.weight.detach())
+        replace_module(model, path, layer)
     for module in parts.language.modules():
         if is_norm(module) and any(p.dtype != torch.float32 for p in module.parameters()):
             _compute_in_fp32(module)

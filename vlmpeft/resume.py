@@ -14,15 +14,15 @@ from torch import Tensor
 from vlmpeft import fs
 from vlmpeft.build import Bundle
 from vlmpeft.checkpoint import save
-from vlmpeft.drift import Drift
 from vlmpeft.errors import CheckpointError
 from vlmpeft.manifest import verify
 from vlmpeft.optim import restored
 from vlmpeft.sharding import gathered, like, whole
+from vlmpeft.steps import Steps
 from vlmpeft.weights import read_strict
 
 OPTIMIZER = "optimizer.safetensors"
-START = "start.safetensors"  # what L2-SP measures the drift from
+STEPS = "steps.safetensors"  # what steps depend on besides: budgets, what L2-SP measures the drift from
 STATE = "state.json"
 
 
@@ -54,10 +54,12 @@ def load_optimizer(optimizer: torch.optim.Optimizer, directory: Path) -> None:
         optimizer.state[parameter][entry] = restored(optimizer, parameter, entry, value)
 
 
-def load_start(drift: Drift, directory: Path) -> None:
-    """Bring back the starting values of a stage. Raises: ModelError M502 if they are of other parameters."""
-    values = read_strict(directory / START, drift.start)
-    drift.start = {name: like(values[name], tensor) for name, tensor in drift.start.items()}
+def load_steps(steps: Steps, directory: Path) -> None:
+    """Bring back what `Steps.tensors` gave. Raises: ModelError M502 if it is of other tuners or parameters."""
+    expected = steps.tensors()
+    if expected:
+        values = read_strict(directory / STEPS, expected)
+        steps.load({name: like(values[name], tensor) for name, tensor in expected.items()})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,7 +117,7 @@ def save_checkpoint(
     optimizer: torch.optim.Optimizer | None,
     keep: int,
     facts: Mapping[str, Any],
-    drift: Drift | None = None,
+    steps: Steps | None = None,
     main: bool = True,
 ) -> Path:
     """Write `checkpoints/step-N`, then drop the oldest beyond `keep` (the best is never dropped).
@@ -125,8 +127,8 @@ def save_checkpoint(
     """
     target = step_directory(run_dir, position.total)
     state = {} if optimizer is None else {OPTIMIZER: optimizer_state(optimizer)}
-    if drift is not None:
-        state[START] = {name: gathered(tensor) for name, tensor in drift.start.items()}
+    if steps is not None and (tensors := steps.tensors()):
+        state[STEPS] = {name: gathered(tensor) for name, tensor in tensors.items()}
 
     def extra(directory: Path) -> dict[str, Any]:
         for name, tensors in state.items():

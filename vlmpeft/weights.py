@@ -14,7 +14,8 @@ from vlmpeft import fs
 from vlmpeft.errors import ModelError
 from vlmpeft.parts import Parts, adapter_root, path_of
 from vlmpeft.tuners.attachment import Attachment
-from vlmpeft.tuners.base import PeftForm, PeftTensors, Tuner, peft_form
+from vlmpeft.tuners.base import FillsOut, PeftForm, PeftTensors, Tuner, peft_form
+from vlmpeft.tuners.peft_folder import PEFT_PREFIX
 
 if TYPE_CHECKING:
     from vlmpeft.tune import Applied
@@ -24,7 +25,6 @@ ADAPTERS = "adapters"
 ADAPTER_FILE = "adapter_model.safetensors"
 PROJECTOR = "projector.safetensors"
 TRAINED = "trained.safetensors"
-PEFT_PREFIX = "base_model.model."
 VIRTUAL = "prompt_embeddings"  # the one tensor of peft's files for virtual tokens, which no module holds
 SAME = "was it trained with the same tuners and base?"
 
@@ -66,7 +66,11 @@ def read_strict(path: Path, expected: Mapping[str, Tensor]) -> dict[str, Tensor]
     Raises: ModelError M502 naming the first missing, extra or misshapen tensor or one of another kind of number, M503
         one that is not finite in the model's dtype.
     """
-    found = read_tensors(path)
+    return check_tensors(path, read_tensors(path), expected)
+
+
+def check_tensors(path: Path, found: dict[str, Tensor], expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors that were found in a file, if they are what `read_strict` asks for."""
     missing, extra = expected.keys() - found.keys(), found.keys() - expected.keys()
     for problem, names in (("lacks", missing), ("has the unknown", extra)):
         if names:
@@ -167,7 +171,10 @@ def read_tuned(applied: Iterable[Applied], model: nn.Module, parts: Parts, direc
             form.check_peft(folder)
             prefix = _root(form, model, parts)[1]
             expected = peft_tensors(one, model)
-            found = read_strict(folder / ADAPTER_FILE, {peft_key(k, prefix): t for k, t in expected.items()})
+            found = read_tensors(folder / ADAPTER_FILE)
+            if isinstance(one.tuner, FillsOut):
+                found = one.tuner.fill_out(folder, found)
+            check_tensors(folder / ADAPTER_FILE, found, {peft_key(k, prefix): t for k, t in expected.items()})
             values = {name: found[peft_key(name, prefix)] for name in expected}
             if isinstance(one.tuner, PeftTensors):
                 values = one.tuner.from_peft(values)

@@ -1,5 +1,6 @@
 """Tuning methods, one a file."""
 
+from vlmpeft.tuners.adalora import AdaLoRA
 from vlmpeft.tuners.base import TUNERS, Tuner
 from vlmpeft.tuners.bitfit import BitFit
 from vlmpeft.tuners.bottleneck import BottleneckAdapter
@@ -18,12 +19,14 @@ from vlmpeft.tuners.prompt import PromptTuning
 from vlmpeft.tuners.ptuning import PTuningV2
 from vlmpeft.tuners.tokens import TokenRows
 from vlmpeft.tuners.unfreeze import GradualUnfreezing
+from vlmpeft.tuners.unipelt import UniPELT
 from vlmpeft.tuners.vera import VeRA
 
 __all__ = [
     "IA3",
     "OFT",
     "TUNERS",
+    "AdaLoRA",
     "BitFit",
     "BottleneckAdapter",
     "DoRA",
@@ -40,5 +43,6 @@ __all__ = [
     "PromptTuning",
     "TokenRows",
     "Tuner",
+    "UniPELT",
     "VeRA",
 ]

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from vlmpeft.errors import ConfigError
 from vlmpeft.parts import PARTS, Parts
 from vlmpeft.registry import Registry
+from vlmpeft.tuners.attachment import Attachment
 
 
 class Tuner(Protocol):
@@ -62,6 +63,15 @@ class PeftTensors(Protocol):
 
 
 @runtime_checkable
+class FillsOut(Protocol):
+    """A `PeftForm` whose folder may hold less than the layers do."""
+
+    def fill_out(self, folder: Path, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors of a folder's file in the shapes that the layers have. Names are the file's."""
+        ...
+
+
+@runtime_checkable
 class HasLrFactors(Protocol):
     """A tuner some of whose parameters learn faster or slower than its learning rate says."""
 
@@ -82,10 +92,51 @@ class DoesNotDecay(Protocol):
 
 @runtime_checkable
 class BeforeStep(Protocol):
-    """A tuner that changes what trains as training goes on, in one process."""
+    """A tuner that changes what trains as training goes on, in one process; `vlmpeft.steps.Steps` calls it."""
 
     def before_step(self, parts: Parts, step: int) -> None:
         """Set `requires_grad` of what it trains. Args: step: optimizer steps of the stage done so far."""
+        ...
+
+
+@runtime_checkable
+class Penalised(Protocol):
+    """A tuner with a penalty of its own beside the loss, whose gradient it knows; `vlmpeft.steps.Steps` calls it."""
+
+    def add_gradients(self, layers: Mapping[str, Attachment]) -> Tensor:
+        """Add it to the gradients of its layers, by path. Returns: the penalty, a scalar."""
+        ...
+
+
+@runtime_checkable
+class AfterStep(Protocol):
+    """A tuner that acts on its layers once an optimizer step is done; `vlmpeft.steps.Steps` calls it.
+
+    What it must remember from step to step is a state by name, as an optimizer's: kept for it, and saved.
+    """
+
+    def start_state(self, layers: Mapping[str, Attachment]) -> dict[str, Tensor]:
+        """The state before the first step. Args: layers: what it has put into the model, by path."""
+        ...
+
+    def after_step(
+        self, layers: Mapping[str, Attachment], state: dict[str, Tensor], step: int, total: int
+    ) -> Mapping[str, float]:
+        """Act, with the step's gradients still there, and bring the state up to date.
+
+        Args: step: from 0; total: optimizer steps of the stage. Returns: numbers for the log.
+        """
+        ...
+
+
+@runtime_checkable
+class ReadsOriginals(Protocol):
+    """A tuner that may need the weights a quantised base had before."""
+
+    @property
+    def needs_originals(self) -> bool: ...
+    def on_whole_weights(self) -> Tuner:
+        """The same update for a base that is not quantised."""
         ...
 
 

@@ -158,7 +158,9 @@ def self_attention(block: nn.Module) -> tuple[nn.Module, str]:
 
 def _is_flash(attention: nn.Module) -> bool:
     """Whether an attention aligns a causal mask with the last key, so that it needs none for a prefix."""
-    return "flash" in str(getattr(getattr(attention, "config", None), "_attn_implementation", ""))
+    config = getattr(attention, "config", None)
+    config = getattr(config, "gated_from", config)  # of a gated one the model's own
+    return "flash" in str(getattr(config, "_attn_implementation", ""))
 
 
 def key_shape(parts: Parts) -> tuple[int, int, int]:

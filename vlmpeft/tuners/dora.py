@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from vlmpeft.parts import Parts
 from vlmpeft.quant_weight import plain_weight
 from vlmpeft.tuners.base import TUNERS, check
-from vlmpeft.tuners.linear import AdaptedLinear, Where, check_where, wrap_linears
+from vlmpeft.tuners.block_choice import EVERY, Choice
+from vlmpeft.tuners.linear import AdaptedLinear, Where, check_linear, wrap_linears
 from vlmpeft.tuners.peft_folder import check_settings, peft_settings
 from vlmpeft.tuners.targets import ALL_LINEAR
 
@@ -77,8 +78,8 @@ class DoRA:
     """Low-rank adapters of the weights' directions, and their magnitudes.
 
     Args:
-        r, alpha, dropout, targets, part, rslora, where: as LoRA's.
-        lr: learning rate of its own.
+        r, alpha, dropout, targets, part, rslora, where, layers: as LoRA's.
+        lr: learning rate of its own; None is the run's, `optim.lr`: 2e-4 unless it is set, as LLaVA and QLoRA have it.
     """
 
     kind: ClassVar[str] = "dora"
@@ -89,10 +90,11 @@ class DoRA:
     part: str = "language"
     rslora: bool = False
     where: Where = "all"
+    layers: Choice = EVERY
     lr: float | None = None
 
     def __post_init__(self) -> None:
-        check_where(self)
+        check_linear(self)
         check(self.r >= 1, "dora.r", self.r, "an integer of at least 1")
         check(0 <= self.dropout < 1, "dora.dropout", self.dropout, "a number in [0, 1)")
         check(self.alpha is None or self.alpha > 0, "dora.alpha", self.alpha, "a number above 0")

@@ -67,7 +67,7 @@ class EmbeddingLoRA:
     Args:
         r: rank.
         alpha: numerator of the scale alpha / r; None is 2 r.
-        lr: learning rate of its own.
+        lr: learning rate of its own; None is the run's, `optim.lr`: 2e-4 unless it is set, as LLaVA and QLoRA have it.
     """
 
     kind: ClassVar[str] = "embedding_lora"

@@ -129,14 +129,14 @@ class FishMask:
         share: of the weights to train; the paper's 0.5 %.
         samples: whose squared gradients are averaged; the paper needs no more than this (its figure 3).
         part: "language" (its blocks) or "vision".
-        lr: learning rate of its own.
+        lr: learning rate of its own; the default is the largest usual in full tuning (1e-6 to 5e-5).
     """
 
     kind: ClassVar[str] = "fish"
     share: float = 0.005
     samples: int = 128
     part: str = "language"
-    lr: float | None = None
+    lr: float | None = 5e-5
 
     def __post_init__(self) -> None:
         check(self.part in ("language", "vision"), "fish.part", self.part, "language or vision")

@@ -23,7 +23,7 @@ class Full:
 
     Args:
         part: "projector", "language", "vision" or "lm_head".
-        lr: learning rate of its own.
+        lr: learning rate of its own; None is the run's, `optim.lr`. LLaVA: 1e-3 for a fresh projector, 2e-5 after.
     """
 
     kind: ClassVar[str] = "full"

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from vlmpeft.errors import ModelError
 from vlmpeft.parts import Parts
 from vlmpeft.tuners.base import TUNERS, check
-from vlmpeft.tuners.linear import AdaptedLinear, Where, chain, check_where, wrap_linears
+from vlmpeft.tuners.block_choice import EVERY, Choice
+from vlmpeft.tuners.linear import AdaptedLinear, Where, chain, check_linear, wrap_linears
 from vlmpeft.tuners.peft_folder import read_config
 from vlmpeft.tuners.targets import find_linears
 
@@ -90,6 +91,7 @@ class IA3:
         feedforward: those of the targets whose input is scaled, not their output.
         part: the part whose layers are scaled.
         where: "all", "visual", "text" or "answer" tokens: at the others the layer stays its base.
+        layers: as LoRA's.
         lr: learning rate of its own; the default is the paper's (its section 3.6).
     """
 
@@ -99,10 +101,11 @@ class IA3:
     feedforward: tuple[str, ...] = ("down_proj",)
     part: str = "language"
     where: Where = "all"
+    layers: Choice = EVERY
     lr: float | None = 3e-3
 
     def __post_init__(self) -> None:
-        check_where(self)
+        check_linear(self)
         among = isinstance(self.targets, str) or set(self.feedforward) <= set(self.targets)
         check(among, "ia3.feedforward", self.feedforward, "names that are among ia3.targets, or none")
         check(self.lr is None or 0 < self.lr <= 1, "ia3.lr", self.lr, "a number in (0, 1]")
@@ -111,7 +114,9 @@ class IA3:
         """Wrap the target layers. Returns: the vector of each, by name."""
         inputs: set[int] = set()
         if self.feedforward:
-            inputs = {id(layer) for layer in find_linears(model, parts, self.part, self.feedforward).values()}
+            inputs = {
+                id(layer) for layer in find_linears(model, parts, self.part, self.feedforward, self.layers).values()
+            }
         return wrap_linears(model, parts, self, lambda base: IA3Linear(base, id(base) in inputs))
 
     @property

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from vlmpeft.parts import Parts
 from vlmpeft.tuners.base import TUNERS, check
-from vlmpeft.tuners.linear import AdaptedLinear, Where, check_where, wrap_linears
+from vlmpeft.tuners.block_choice import EVERY, Choice
+from vlmpeft.tuners.linear import AdaptedLinear, Where, check_linear, wrap_linears
 from vlmpeft.tuners.peft_folder import check_settings, peft_settings
 from vlmpeft.tuners.targets import ALL_LINEAR
 
@@ -61,8 +62,8 @@ class KronA:
 
     Args:
         scale: on the update.
-        targets, part, where: as LoRA's.
-        lr: learning rate of its own.
+        targets, part, where, layers: as LoRA's.
+        lr: learning rate of its own; the default is that of LoKr, the same product, in peft's comparison (MetaMathQA).
     """
 
     kind: ClassVar[str] = "krona"
@@ -70,10 +71,11 @@ class KronA:
     targets: str | tuple[str, ...] = ALL_LINEAR
     part: str = "language"
     where: Where = "all"
-    lr: float | None = None
+    layers: Choice = EVERY
+    lr: float | None = 3e-3
 
     def __post_init__(self) -> None:
-        check_where(self)
+        check_linear(self)
         check(0 < self.scale < math.inf, "krona.scale", self.scale, "a number above 0")
         check(self.lr is None or 0 < self.lr <= 1, "krona.lr", self.lr, "a number in (0, 1]")
 

@@ -16,7 +16,8 @@ from vlmpeft.routed import RoutedModel, current_routing, find_routing, route, ro
 from vlmpeft.routing import Routing
 from vlmpeft.tuners.attachment import Attachment, WeightUpdate
 from vlmpeft.tuners.base import check, check_part
-from vlmpeft.tuners.targets import find_linears, is_linear, replace_module
+from vlmpeft.tuners.block_choice import EVERY, Choice, check_choice
+from vlmpeft.tuners.targets import check_targets, find_linears, is_linear, replace_module
 
 Where = Literal["all", "visual", "text", "answer"]
 
@@ -38,6 +39,8 @@ class LinearTuner(GatedTuner, Protocol):
 
     @property
     def targets(self) -> str | tuple[str, ...]: ...
+    @property
+    def layers(self) -> Choice: ...
 
 
 def check_where(tuner: GatedTuner) -> None:
@@ -46,6 +49,15 @@ def check_where(tuner: GatedTuner) -> None:
     check(tuner.where in get_args(Where), f"{tuner.kind}.where", tuner.where, "one of " + ", ".join(get_args(Where)))
     alone = tuner.where == "all" or tuner.part == "language"
     check(alone, f"{tuner.kind}.where", tuner.where, "all: only the language model sees image and text tokens")
+
+
+def check_linear(tuner: LinearTuner) -> None:
+    """`check_where`, and raise ConfigError C102 for targets or layers that no model can have."""
+    check_where(tuner)
+    check_targets(tuner.targets, f"{tuner.kind}.targets")
+    check_choice(tuner.layers, f"{tuner.kind}.layers")
+    alone = tuner.layers == EVERY or tuner.part == "language"
+    check(alone, f"{tuner.kind}.layers", tuner.layers, "all: only the language model's blocks are numbered")
 
 
 @dataclass
@@ -182,7 +194,7 @@ def wrap_linears(
     Returns: the adapters' parameters by name. Raises: ModelError M550, M551, M552.
     """
     trained: dict[str, nn.Parameter] = {}
-    for path, linear in find_linears(model, parts, tuner.part, tuner.targets).items():
+    for path, linear in find_linears(model, parts, tuner.part, tuner.targets, tuner.layers).items():
         if not is_linear(linear) or linear is parts.projector:
             fix = "tune it with a tuner of kind full."
             raise ModelError("M551", f"{path} is a {type(linear).__name__}, which {tuner.kind} cannot wrap.", fix)

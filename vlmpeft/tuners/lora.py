@@ -1,5 +1,5 @@
 """LoRA (arXiv:2106.09685) and what needs no layer of its own: rank-stabilised scaling (rsLoRA, arXiv:2312.03732),
-a faster B (LoRA+, arXiv:2402.12354), a frozen A (LoRA-FA, arXiv:2308.03303), other starts (PiSSA, orthogonal).
+a faster B (LoRA+, arXiv:2402.12354), a frozen A (LoRA-FA, arXiv:2308.03303), other starts (PiSSA, LoftQ, orthogonal).
 
 Letters: r rank, d_in d_out widths.
 """
@@ -14,82 +14,22 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vlmpeft.errors import ModelError
+from vlmpeft.errors import ModelError, nearest
 from vlmpeft.parts import Parts
-from vlmpeft.quant_weight import plain_weight
 from vlmpeft.tuners.base import TUNERS, check
-from vlmpeft.tuners.linear import AdaptedLinear, Where, check_where, wrap_linears
-from vlmpeft.tuners.lora_init import orthogonal_, principal
+from vlmpeft.tuners.block_choice import EVERY, Choice
+from vlmpeft.tuners.linear import Where, check_linear, wrap_linears
+from vlmpeft.tuners.lora_init import orthogonal_
+from vlmpeft.tuners.lora_layers import LoftQLinear, LoRALinear, PiSSALinear
 from vlmpeft.tuners.peft_folder import peft_settings, read_config
-from vlmpeft.tuners.targets import ALL_LINEAR
+from vlmpeft.tuners.targets import ALL_LINEAR, find_linears
 
-Init = Literal["default", "pissa", "orthogonal"]
+Init = Literal["default", "pissa", "loftq", "orthogonal"]
+STARTED = ("pissa", "loftq")  # saved with their start
+PATTERNS = frozenset({"rank_pattern", "alpha_pattern"})
 LORA_WEIGHTS = A_WEIGHT, B_WEIGHT = ("lora_A.weight", "lora_B.weight")
-
-
-class LoRALinear(AdaptedLinear):
-    """base(x) + scale * B A dropout(x), with A (r, d_in), B (d_out, r) in fp32 on a base of any dtype.
-
-    Initialised as loralib does (loralib/layers.py:119): A Kaiming-uniform with a = sqrt(5), B zero, so that the layer
-    starts as its base.
-    """
-
-    def __init__(self, base: nn.Linear, r: int, scale: float, dropout: float) -> None:
-        super().__init__(base)
-        device = base.weight.device
-        self.lora_A = nn.Linear(base.in_features, r, bias=False, device=device, dtype=torch.float32)
-        self.lora_B = nn.Linear(r, base.out_features, bias=False, device=device, dtype=torch.float32)
-        nn.init.kaiming_uniform_(self.lora_A.weight, a=math.sqrt(5))
-        nn.init.zeros_(self.lora_B.weight)
-        self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
-        self.scale = scale
-        self.train(base.training)  # or the dropout would act in a model that is in eval mode
-
-    def adapt(self, x: Tensor, out: Tensor) -> Tensor:
-        """See `AdaptedLinear.adapt`."""
-        low = self.lora_A(self.dropout(self.in_own_dtype(x)))  # (..., r)
-        if low.dtype == out.dtype:  # one product that adds into the output: no (..., d_out) tensor of its own
-            rows, low = out.reshape(-1, out.shape[-1]), low.reshape(-1, low.shape[-1])
-            return torch.addmm(rows, low, self.lora_B.weight.T, alpha=self.scale).view(out.shape)
-        return (out + self.lora_B(low) * self.scale).to(out.dtype)
-
-    def factors(self) -> tuple[Tensor, Tensor]:
-        """A (k, d_in) and B (d_out, k) whose product, times the scale, is the weight update; here k = r."""
-        return self.lora_A.weight, self.lora_B.weight
-
-    def delta(self) -> Tensor:
-        """The weight update scale * B A, (d_out, d_in), fp32."""
-        a, b = self.factors()
-        return (b @ a) * self.scale
-
-
-class PiSSALinear(LoRALinear):
-    """LoRA that starts at the base's principal part (arXiv:2404.02948): (W - scale B0 A0)(x) + scale * B A dropout(x).
-
-    W - scale B0 A0 is never written down: its two terms are applied one after the other, and the first are the frozen
-    base's. So nothing is rounded, the layer starts as its base bit for bit, and the base stays as it is.
-    """
-
-    def __init__(self, base: nn.Linear, r: int, scale: float, dropout: float) -> None:
-        super().__init__(base, r, scale, dropout)
-        a, b = principal(plain_weight(base), r, scale)
-        self.start_A, self.start_B = nn.Parameter(a, requires_grad=False), nn.Parameter(b, requires_grad=False)
-        with torch.no_grad():
-            self.lora_A.weight.copy_(a)
-            self.lora_B.weight.copy_(b)
-
-    def adapt(self, x: Tensor, out: Tensor) -> Tensor:
-        """See `AdaptedLinear.adapt`."""
-        x = self.in_own_dtype(x)
-        before = F.linear(F.linear(x, self.start_A), self.start_B)
-        return (out + (self.lora_B(self.lora_A(self.dropout(x))) - before) * self.scale).to(out.dtype)
-
-    def factors(self) -> tuple[Tensor, Tensor]:
-        """See `LoRALinear.factors`; here k = 2 r."""
-        return torch.cat([self.lora_A.weight, self.start_A]), torch.cat([self.lora_B.weight, -self.start_B], 1)
 
 
 @TUNERS.register("lora")
@@ -99,17 +39,22 @@ class LoRA:
 
     Args:
         r: rank.
-        alpha: numerator of the scale; None is 2 r.
+        ranks: other ranks, by the last name of a layer, such as {down_proj: 4}.
+        alpha: numerator of the scale; None is twice a layer's rank.
         dropout: on the adapter's input.
         targets: "all-linear" (every linear layer of the blocks, as LLaVA and QLoRA), "minimal" (q, v), "standard"
-            (q, k, v, o), or a list of exact layer names.
+            (q, k, v, o), a list of exact layer names, or "re:" and a regular expression for paths such as
+            "3.self_attn.q_proj", the block's number first.
         part: the part whose layers are wrapped.
         rslora: scale alpha / sqrt(r) instead of alpha / r.
         where: "all", "visual", "text" or "answer" tokens: at the others the layer stays its base.
+        layers: blocks: "all", "first:N", "last:N", "first_last:N,M", "every:K", "N-M" or a list of numbers.
         init: "default" (A Kaiming-uniform, B zero), "pissa" (the base's principal part, taken off the base; saved as a
-            LoRA of rank 2 r on the untouched base) or "orthogonal" (both non-zero, B A zero; the rank is even).
+            LoRA of rank 2 r on the untouched base), "loftq" (on a quantised base: what quantisation took; saved as a
+            LoRA of rank 2 r on the base before quantisation) or "orthogonal" (both non-zero, B A zero; even rank).
+        loftq_iterations: how often init=loftq quantises and factors in turn; 1 leaves the quantised base as it is.
         freeze_a: LoRA-FA: A keeps its start, so that its input need not be kept for backward.
-        lr: learning rate of its own.
+        lr: learning rate of its own; None is the run's, `optim.lr`: 2e-4 unless it is set, as LLaVA and QLoRA have it.
         lr_ratio: LoRA+: B learns so many times faster than A; the paper advises 16.
     """
 
@@ -121,16 +66,23 @@ class LoRA:
     part: str = "language"
     rslora: bool = False
     where: Where = "all"
+    layers: Choice = EVERY
     init: Init = "default"
+    loftq_iterations: int = 1
     freeze_a: bool = False
     lr: float | None = None
     lr_ratio: float = 1.0
+    ranks: Mapping[str, int] | None = None
 
     def __post_init__(self) -> None:
-        check_where(self)
+        check_linear(self)
         check(self.r >= 1, "lora.r", self.r, "an integer of at least 1")
+        for r in (self.ranks or {}).values():
+            check(isinstance(r, int) and r >= 1, "lora.ranks", dict(self.ranks or {}), "integers of at least 1 by name")
         check(self.init in get_args(Init), "lora.init", self.init, "one of " + ", ".join(get_args(Init)))
-        check(self.init != "orthogonal" or self.r % 2 == 0, "lora.r", self.r, "an even rank with init=orthogonal")
+        even = all(r % 2 == 0 for r in (self.r, *(self.ranks or {}).values()))
+        check(self.init != "orthogonal" or even, "lora.r", self.r, "an even rank with init=orthogonal")
+        check(self.loftq_iterations >= 1, "lora.loftq_iterations", self.loftq_iterations, "an integer of at least 1")
         check(0 < self.lr_ratio < math.inf, "lora.lr_ratio", self.lr_ratio, "a number above 0")
         check(0 <= self.dropout < 1, "lora.dropout", self.dropout, "a number in [0, 1)")
         check(self.alpha is None or self.alpha > 0, "lora.alpha", self.alpha, "a number above 0")
@@ -139,30 +91,62 @@ class LoRA:
     @property
     def numerator(self) -> float:
         """alpha, with its default."""
-        return 2.0 * self.r if self.alpha is None else self.alpha
+        return self._numerator(self.r)
+
+    def _numerator(self, r: int) -> float:
+        return 2.0 * r if self.alpha is None else self.alpha
 
     @property
     def scale(self) -> float:
         """alpha / r, or alpha / sqrt(r)."""
-        return self.numerator / (math.sqrt(self.r) if self.rslora else self.r)
+        return self._scale(self.r)
+
+    def _scale(self, r: int) -> float:
+        return self._numerator(r) / (math.sqrt(r) if self.rslora else r)
 
     def resolved(self) -> LoRA:
         """The same tuner with alpha written out, so that equal adapters compare equal."""
-        return dataclasses.replace(self, alpha=self.numerator, lr_ratio=1.0)
+        alpha = self.alpha if self.ranks else self.numerator
+        return dataclasses.replace(self, alpha=alpha, lr_ratio=1.0)
 
     def apply(self, model: nn.Module, parts: Parts) -> Mapping[str, nn.Parameter]:
         """Wrap the target layers. Returns: what trains of A and B of each, by name."""
-        found = wrap_linears(model, parts, self, self._layer)
+        ranks = self._ranks(find_linears(model, parts, self.part, self.targets, self.layers))
+        found = wrap_linears(model, parts, self, lambda base: self._layer(base, ranks[id(base)]))
         trained = (B_WEIGHT,) if self.freeze_a else (A_WEIGHT, B_WEIGHT)
         return {name: p for name, p in found.items() if name.endswith(trained)}
 
-    def _layer(self, base: nn.Linear) -> LoRALinear:
-        kind = PiSSALinear if self.init == "pissa" else LoRALinear
-        layer = kind(base, self.r, self.scale, self.dropout)
+    def _ranks(self, layers: Mapping[str, nn.Module]) -> dict[int, int]:
+        """Ranks by id of the layer. Raises: ModelError M550 for one given for a layer that is not a target."""
+        known = {path.rsplit(".", 1)[-1] for path in layers}
+        for name in self.ranks or {}:
+            if name not in known:
+                message = f"lora.ranks names '{name}', which is not among the targets{nearest(name, known)}"
+                raise ModelError("M550", message, "name target layers exactly.")
+        return {id(layer): self._rank(path) for path, layer in layers.items()}
+
+    def _rank(self, path: str) -> int:
+        return (self.ranks or {}).get(path.rsplit(".", 1)[-1], self.r)
+
+    def _layer(self, base: nn.Linear, r: int) -> LoRALinear:
+        given = base, r, self._scale(r), self.dropout
+        if self.init == "loftq" and not base.weight.is_meta:
+            layer: LoRALinear = LoftQLinear(*given, self.loftq_iterations)
+        else:
+            layer = PiSSALinear(*given) if self.init in STARTED else LoRALinear(*given)
         if self.init == "orthogonal":
             orthogonal_(layer.lora_A.weight, layer.lora_B.weight)
         layer.lora_A.requires_grad_(not self.freeze_a)
         return layer
+
+    @property
+    def needs_originals(self) -> bool:
+        """See `ReadsOriginals`."""
+        return self.init == "loftq"
+
+    def on_whole_weights(self) -> LoRA:
+        """See `ReadsOriginals`: there a LoftQ adapter is what one of PiSSA is, an update less its start."""
+        return dataclasses.replace(self, init="pissa") if self.init == "loftq" else self
 
     def lr_factors(self, names: Iterable[str]) -> Mapping[str, float]:
         """See `HasLrFactors`."""
@@ -173,45 +157,58 @@ class LoRA:
         """`peft` acts on every token."""
         return self.where == "all"
 
-    @property
-    def _written(self) -> tuple[int, float]:
-        """Rank and alpha of the file: one of PiSSA holds the start, too, and means the same scale."""
-        if self.init != "pissa":
-            return self.r, self.numerator
-        return 2 * self.r, self.numerator * (math.sqrt(2) if self.rslora else 2)
+    def _written(self, r: int) -> tuple[int, float]:
+        """Rank and alpha in the file: one with a start holds that, too, and means the same scale."""
+        if self.init not in STARTED:
+            return r, self._numerator(r)
+        return 2 * r, self._numerator(r) * (math.sqrt(2) if self.rslora else 2)
 
     def check_peft(self, folder: Path) -> None:
-        """Raise unless an adapter folder was trained with this rank and scale: equal shapes do not tell."""
-        config = read_adapter_config(folder)
+        """Raise unless an adapter folder was trained with these ranks and scales: equal shapes do not tell."""
+        config = read_config(folder, "LORA", ("r", "lora_alpha"), PATTERNS if self.ranks else frozenset())
         found = (config["r"], float(config["lora_alpha"]), bool(config.get("use_rslora")))
-        r, alpha = self._written
+        r, alpha = self._written(self.r)
         if found != (r, alpha, self.rslora):
             ours = f"{r}, {alpha:g}, {self.rslora}"
             theirs = f"{folder} has r, alpha, rslora = {found[0]}, {found[1]:g}, {found[2]}"
             fix = "apply the tuner it was trained with, or lora_from_peft(directory)."
             raise ModelError("M502", f"{theirs}; the tuner here has {ours}.", fix)
+        for pattern, expected in self._patterns(self.ranks or {}).items():
+            by_name = {path.rsplit(".", 1)[-1]: value for path, value in (config.get(pattern) or {}).items()}
+            if by_name != expected:
+                message = f"{folder} has {pattern}={by_name}; the tuner here has {expected}."
+                raise ModelError("M502", message, "apply the tuner it was trained with.")
+
+    def _patterns(self, paths: Iterable[str]) -> dict[str, dict[str, float]]:
+        """peft's patterns for the layers of other ranks among these."""
+        written = {path: self._written(self._rank(path)) for path in paths if self._rank(path) != self.r}
+        alphas = {path: alpha for path, (_, alpha) in written.items() if alpha != self._written(self.r)[1]}
+        return {"rank_pattern": {path: r for path, (r, _) in written.items()}, "alpha_pattern": alphas}
 
     def peft_config(self, base: str, targets: list[str]) -> dict[str, Any]:
         """See `PeftForm.peft_config`."""
-        r, alpha = self._written
+        r, alpha = self._written(self.r)
         options = {"r": r, "lora_alpha": alpha, "lora_dropout": self.dropout, "use_rslora": self.rslora}
-        return peft_settings("LORA", self.part, base, targets, **options)
+        patterns = self._patterns(targets) if self.ranks else {}
+        return peft_settings("LORA", self.part, base, targets, **options, **patterns)
 
     def to_peft(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """See `PeftTensors`: the start of PiSSA goes behind A and B, its B negative, as a LoRA of rank 2 r."""
+        """See `PeftTensors`: the start goes behind A and B, its B negative, as a LoRA of rank 2 r."""
         return {name: _joined(name, tensor, tensors) for name, tensor in tensors.items() if name.endswith(LORA_WEIGHTS)}
 
     def from_peft(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The inverse of `to_peft`."""
-        if self.init != "pissa":
+        if self.init not in STARTED:
             return dict(tensors)
         found: dict[str, Tensor] = {}
         for name, tensor in tensors.items():
             path = name.rsplit(".", 2)[0]
             if name.endswith(A_WEIGHT):
-                found |= {name: tensor[: self.r], f"{path}.start_A": tensor[self.r :]}
+                own, start = tensor.chunk(2)
+                found |= {name: own, f"{path}.start_A": start}
             else:
-                found |= {name: tensor[:, : self.r], f"{path}.start_B": -tensor[:, self.r :]}
+                own, start = tensor.chunk(2, 1)
+                found |= {name: own, f"{path}.start_B": -start}
         return found
 
 

@@ -10,13 +10,13 @@ from vlmpeft.errors import ModelError
 
 @torch.no_grad()
 def principal(weight: Tensor, r: int, scale: float) -> tuple[Tensor, Tensor]:
-    """PiSSA's start (arXiv:2404.02948 eq. 2-3): scale * B A is the best rank-r part of the weight, in fp32.
+    """Scale * B A is the best rank-r part of the weight, in fp32, as in PiSSA's start (arXiv:2404.02948 eq. 2-3).
 
     Args: weight (d_out, d_in). Returns: A (r, d_in), B (d_out, r), the singular values halved between them.
     Raises: ModelError M551 if the weight has fewer singular values than r.
     """
     if r > min(weight.shape):
-        message = f"init=pissa takes r={r} singular values of a weight {tuple(weight.shape)}."
+        message = f"init=pissa or loftq takes r={r} singular values of a weight {tuple(weight.shape)}."
         raise ModelError("M551", message, f"set r to at most {min(weight.shape)}.")
     u, s, vh = torch.linalg.svd(weight.detach().float(), full_matrices=False)
     root = (s[:r] / scale).sqrt()

@@ -22,7 +22,8 @@ class NormTuning:
 
     Args:
         part: "language" (its last norm included), "vision", "projector" or "lm_head".
-        lr: learning rate of its own; the default is that of bitfit, whose tensors are as few and as small.
+        lr: learning rate of its own; the default is the least that IA3, which scales as norms do, is run at (1e-3 to
+            3e-3). At LoRA's 1e-4 norms learn nothing in peft's comparison of methods (MetaMathQA).
     """
 
     kind: ClassVar[str] = "norm"

@@ -18,7 +18,8 @@ from vlmpeft.errors import ModelError
 from vlmpeft.parts import Parts
 from vlmpeft.quant_weight import plain_weight
 from vlmpeft.tuners.base import TUNERS, check
-from vlmpeft.tuners.linear import AdaptedLinear, Where, check_where, wrap_linears
+from vlmpeft.tuners.block_choice import EVERY, Choice
+from vlmpeft.tuners.linear import AdaptedLinear, Where, check_linear, wrap_linears
 from vlmpeft.tuners.peft_folder import check_settings, peft_settings
 from vlmpeft.tuners.targets import ALL_LINEAR
 
@@ -83,10 +84,10 @@ class OFT:
 
     Args:
         block_size: width of a rotation; divides every layer's input.
-        targets, part, where: as LoRA's.
+        targets, part, where, layers: as LoRA's.
         neumann: terms of the series for the Cayley map (peft's default is 5: cheaper, and orthogonal only nearly); 0,
             the default here, is exact.
-        lr: learning rate of its own.
+        lr: learning rate of its own; the default is that of peft's comparison (MetaMathQA), where it is among the best.
     """
 
     kind: ClassVar[str] = "oft"
@@ -94,11 +95,12 @@ class OFT:
     targets: str | tuple[str, ...] = ALL_LINEAR
     part: str = "language"
     where: Where = "all"
+    layers: Choice = EVERY
     neumann: int = 0
-    lr: float | None = None
+    lr: float | None = 1e-4
 
     def __post_init__(self) -> None:
-        check_where(self)
+        check_linear(self)
         check(self.block_size >= 2, "oft.block_size", self.block_size, "an integer of at least 2")
         check(self.neumann == 0 or self.neumann >= 4, "oft.neumann", self.neumann, "0, or an integer of at least 4")
         check(self.lr is None or 0 < self.lr <= 1, "oft.lr", self.lr, "a number in (0, 1]")

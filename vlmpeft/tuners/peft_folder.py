@@ -9,6 +9,7 @@ from typing import Any
 
 from vlmpeft.errors import ModelError
 
+PEFT_PREFIX = "base_model.model."  # of every name in a file of peft
 _CHANGES = (
     "alora_invocation_tokens", "alpha_pattern", "arrow_config", "bias", "fan_in_fan_out", "kasa_config",
     "layer_replication", "lora_bias", "modules_to_save", "monteclora_config", "rank_pattern", "target_parameters",
@@ -63,9 +64,11 @@ def read_config(
     return config
 
 
-def check_settings(directory: Path, peft_type: str, expected: Mapping[str, object]) -> None:
+def check_settings(
+    directory: Path, peft_type: str, expected: Mapping[str, object], ours: frozenset[str] = frozenset()
+) -> None:
     """Raise ModelError M502 unless a PEFT folder has these values, or M554 as `read_config`: shapes do not tell."""
-    config = read_config(directory, peft_type, ours=frozenset(expected))
+    config = read_config(directory, peft_type, ours=ours | frozenset(expected))
     for key, value in expected.items():
         if config.get(key) != value:
             message = f"{directory} has {key}={config.get(key)!r}; the tuner here has {value!r}."

@@ -9,6 +9,7 @@ from torch import nn
 
 from vlmpeft.errors import ModelError
 from vlmpeft.parts import Parts, path_of
+from vlmpeft.tuners.block_choice import EVERY, Choice, which_blocks
 
 ATTENTION = ("self_attn", "self_attention", "attention", "attn")
 MLP = ("mlp", "feed_forward", "ffn", "block_sparse_moe")
@@ -28,19 +29,22 @@ def is_norm(module: nn.Module) -> bool:
     return isinstance(module, nn.LayerNorm | nn.RMSNorm | nn.GroupNorm) or type(module).__name__.endswith("Norm")
 
 
-def roots_of(model: nn.Module, parts: Parts, part: str) -> Iterator[tuple[str, nn.Module]]:
-    """The modules a part is searched in, by path: for "language" its blocks alone."""
-    for root in parts.blocks if part == "language" else [parts.get(part)]:
+def roots_of(model: nn.Module, parts: Parts, part: str, layers: Choice = EVERY) -> Iterator[tuple[str, nn.Module]]:
+    """The modules a part is searched in, by path: for "language" its blocks alone, those of `layers`."""
+    blocks = [parts.blocks[n] for n in which_blocks(layers, len(parts.blocks), "layers")] if part == "language" else []
+    for root in blocks or [parts.get(part)]:
         yield path_of(model, root), root
 
 
-def block_sites(model: nn.Module, parts: Parts, part: str, names: Collection[str]) -> list[Site]:
+def block_sites(
+    model: nn.Module, parts: Parts, part: str, names: Collection[str], layers: Choice = EVERY
+) -> list[Site]:
     """The modules of these names inside the numbered blocks of a part; one that is wrapped as a whole.
 
     Raises: ModelError M550 if there are none.
     """
     found: list[Site] = []
-    for prefix, root in roots_of(model, parts, part):
+    for prefix, root in roots_of(model, parts, part, layers):
         for name, block in root.named_modules():
             path = ".".join(p for p in (prefix, name) if p)
             if path.rsplit(".", 1)[-1].isdigit():

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from vlmpeft.parts import Parts
 from vlmpeft.tuners.base import TUNERS, check
-from vlmpeft.tuners.linear import AdaptedLinear, Where, check_where, wrap_linears
+from vlmpeft.tuners.block_choice import EVERY, Choice
+from vlmpeft.tuners.linear import AdaptedLinear, Where, check_linear, wrap_linears
 from vlmpeft.tuners.peft_folder import check_settings, peft_settings
 from vlmpeft.tuners.targets import ALL_LINEAR, find_linears
 
@@ -76,9 +77,9 @@ class VeRA:
         r: rank of the pair; more than LoRA's, as it costs a number a layer.
         d_initial: start of the inner vector.
         dropout: on the adapter's input.
-        targets, part, where: as LoRA's.
+        targets, part, where, layers: as LoRA's.
         seed: of the pair, which no file holds.
-        lr: learning rate of its own; above LoRA's, as only scales learn. A first guess, not tuned.
+        lr: learning rate of its own; the default is the paper's for instruction tuning, ten times LoRA's there.
     """
 
     kind: ClassVar[str] = "vera"
@@ -88,11 +89,12 @@ class VeRA:
     targets: str | tuple[str, ...] = ALL_LINEAR
     part: str = "language"
     where: Where = "all"
+    layers: Choice = EVERY
     seed: int = 0
-    lr: float | None = 2e-3
+    lr: float | None = 4e-3
 
     def __post_init__(self) -> None:
-        check_where(self)
+        check_linear(self)
         check(self.r >= 1, "vera.r", self.r, "an integer of at least 1")
         check(0 < self.d_initial <= 1, "vera.d_initial", self.d_initial, "a number in (0, 1]")
         check(0 <= self.dropout < 1, "vera.dropout", self.dropout, "a number in [0, 1)")
@@ -101,7 +103,7 @@ class VeRA:
 
     def apply(self, model: nn.Module, parts: Parts) -> Mapping[str, nn.Parameter]:
         """Wrap the target layers around one pair. Returns: both vectors of each, by name."""
-        layers: list[Any] = list(find_linears(model, parts, self.part, self.targets).values())
+        layers: list[Any] = list(find_linears(model, parts, self.part, self.targets, self.layers).values())
         d_in, d_out = (max(getattr(layer, f"{side}_features", 0) for layer in layers) for side in ("in", "out"))
         device = next(parts.get(self.part).parameters()).device
         shared = Projections(self.r, d_in, d_out, self.seed, device)
