@@ -96,7 +96,17 @@ def test_matches_peft_logits_gradients_and_generation_on_llava(hidden: int | Non
         torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-5)
     del inputs["labels"]
     options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
-    assert model.generate(**inputs, **options).equal(theirs.eval().generate(**inputs, **options))
+    assert model.generate(**inputs, **options).equal(greedy(theirs.eval(), inputs, 6))
+
+
+@torch.no_grad()
+def greedy(model: Any, inputs: dict[str, Tensor], steps: int) -> Tensor:
+    """Generation by whole forwards: peft's own on transformers 5.24 leaves the prefix out, as a cache is given twice."""
+    ids = inputs["input_ids"]
+    for _ in range(steps):
+        given = inputs | {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        ids = torch.cat([ids, model(**given).logits[:, -1:].argmax(-1)], 1)
+    return ids
 
 
 @pytest.mark.parametrize("family", FAMILIES)

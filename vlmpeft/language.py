@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from vlmpeft import fs
 from vlmpeft.errors import ModelError
+from vlmpeft.routed import cache_name
 from vlmpeft.sources import hub_or_cache, require_complete, resolve, unreachable
 from vlmpeft.tokens import fit_tokenizer
 
@@ -157,7 +158,9 @@ def hidden_states(
     Returns: (b, s, d).
     Raises: ModelError M516 for an additive mask where the model computes positions itself.
     """
-    options: dict[str, Any] = {"past_key_values": cache, "use_cache": cache is not None}
+    options: dict[str, Any] = {"use_cache": cache is not None}
+    if cache is not None:
+        options[cache_name(decoder_of(language).forward) or "past_key_values"] = cache
     if takes_positions(language):
         options["position_ids"] = positions
     elif mask.ndim == 4:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar, Token
 from functools import partial
 from typing import Any
@@ -25,7 +25,7 @@ from vlmpeft.routing import Routing, routing_of
 Change = Callable[[Tensor, Routing], Tensor]  # hidden states (b, s, d) -> the same shape
 
 _CURRENT: ContextVar[Routing | None] = ContextVar("routing", default=None)
-CACHES = ("past_key_values", "past_key_value", "layer_past")
+CACHES = ("cache", "past_key_values", "past_key_value", "layer_past")  # a KV cache; "cache" since transformers 5.24
 
 
 def current_routing() -> Routing:
@@ -41,6 +41,17 @@ def current_routing() -> Routing:
 def find_routing() -> Routing | None:
     """The routing of the forward that runs, if it has one."""
     return _CURRENT.get()
+
+
+def cache_name(forward: Callable[..., Any]) -> str | None:
+    """What a forward calls the KV cache it takes."""
+    taken = inspect.signature(forward).parameters
+    return next((name for name in CACHES if name in taken), None)
+
+
+def cache_of(given: Mapping[str, Any]) -> Any:
+    """The KV cache among the arguments of a call, if there is one."""
+    return next((given[name] for name in CACHES if given.get(name) is not None), None)
 
 
 @contextlib.contextmanager
@@ -66,7 +77,7 @@ def generating(language: nn.Module, prompt: Routing) -> Iterator[None]:
         given = _arguments(signature, args, kwargs)
         tokens = given.get("inputs_embeds")
         length = (given["input_ids"] if tokens is None else tokens).shape[1]
-        cache = given.get("past_key_values")
+        cache = cache_of(given)
         entered.append(_CURRENT.set(window(prompt, 0 if cache is None else cache.get_seq_length(), length)))
 
     def leave(module: nn.Module, args: Any, output: Any) -> None:
@@ -137,7 +148,7 @@ class RoutedBlock:
 
     def _call(self, routing: Routing, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         block: Any = self.block
-        if not (getattr(block, "gradient_checkpointing", False) and block.training):
+        if not (getattr(block, "gradient_checkpointing", False) and block.training and torch.is_grad_enabled()):
             return self._run(routing, kwargs, *args)
         if not getattr(block, "_can_checkpoint_with_cache", False):  # as transformers' own checkpointing does
             kwargs = kwargs | {name: None for name in CACHES if name in kwargs}

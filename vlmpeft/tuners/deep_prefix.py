@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from vlmpeft.errors import ModelError
 from vlmpeft.parts import Parts
-from vlmpeft.routed import CACHES
+from vlmpeft.routed import cache_name
 from vlmpeft.tuners.virtual import VirtualTokens, decoder_with, wider
 
 STD = 0.02  # of a prefix's start without MLP, as the weights of most language models; peft's 1.0 drowns the sequence
@@ -149,9 +149,8 @@ class PrefixCache:
 def self_attention(block: nn.Module) -> tuple[nn.Module, str]:
     """The self-attention of a block and the name under which it takes the KV cache. Raises: ModelError M567."""
     for child in block.children():
-        taken = inspect.signature(child.forward).parameters
-        cache = next((name for name in CACHES if name in taken), None)
-        if cache and "attention_mask" in taken:
+        cache = cache_name(child.forward)
+        if cache and "attention_mask" in inspect.signature(child.forward).parameters:
             return child, cache
     message = f"no self-attention with a KV cache in a {type(block).__name__}, so no prefix can stand before it."
     raise ModelError("M567", message, "use prompt_tuning, or an adapter on its layers.")

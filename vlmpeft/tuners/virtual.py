@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from vlmpeft.errors import ModelError
 from vlmpeft.parts import Parts, path_of
-from vlmpeft.routed import find_routing, routed
+from vlmpeft.routed import cache_of, find_routing, routed
 from vlmpeft.routing import Routing
 from vlmpeft.tuners.attachment import Attachment
 
@@ -94,7 +94,7 @@ class DecoderFront:
     def _run(self, given: dict[str, Any], deep: int, prompts: Tensor | None) -> Any:
         """The call with positions behind the virtual tokens. Args: deep: n; prompts: (m, d)."""
         count = 0 if prompts is None else len(prompts)
-        cache, mask = given.get("past_key_values"), given.get("attention_mask")
+        cache, mask = cache_of(given), given.get("attention_mask")
         past = 0 if cache is None else int(cache.get_seq_length())
         embeddings = given.get("inputs_embeds")
         tokens = given["input_ids"] if embeddings is None else embeddings
