@@ -105,7 +105,7 @@ def asked_of(routing: Routing, scope: TextScope, queries: Queries, drop_sink: in
 
 
 def keys_of(mask: Tensor, routing: Routing) -> Tensor:
-    """A mask of tokens (b, t) as one of keys (b, s): those of a trained prefix, in front, are neither image nor text."""
+    """A mask of tokens (b, t) as one of keys (b, s): those of a trained prefix, in front, are False."""
     return F.pad(mask, (routing.prefix, 0), value=False)
 
 

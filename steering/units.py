@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -73,6 +74,16 @@ class Units(nn.Module):
     def _identity_source(self) -> Tensor:
         """A as U^T of the very tensor the forward uses, so that the edit is exactly zero; C = 0 where U is free."""
         return orthonormal(self.rotation).mT.clone() if self.constrained else torch.zeros_like(self.rotation.mT)
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Units:
+        """Go where the host model goes, but never below fp32: a basis rounded to 16 bits is none any more."""
+
+        def kept(tensor: Tensor) -> Tensor:
+            moved: Tensor = fn(tensor)
+            return tensor.to(moved.device) if moved.element_size() < torch.float32.itemsize else moved
+
+        super()._apply(kept, recurse)
+        return self
 
     def edit(self, routing: Routing) -> Edit:
         """What all layers share in one forward: kept with the forward's routing, so that two forwards never mix."""
