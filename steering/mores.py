@@ -114,6 +114,11 @@ class MoReS:
         prefix = ".".join(p for p in (path_of(model, parts.language), NAME) if p)
         return {f"{prefix}.{k}": p for k, p in steering.named_parameters()}
 
+    def count_note(self, parameters: Mapping[str, nn.Parameter]) -> str:
+        """See `CountedTwice`: the paper counts U and A alone."""
+        biases = sum(p.numel() for name, p in parameters.items() if name.endswith(".bias"))
+        return f"{sum(p.numel() for p in parameters.values()) - biases:,} without biases" if biases else ""
+
     def _units(self, parts: Parts, layers: int) -> Units:
         frozen = self.variant == "random"
         with torch.random.fork_rng(enabled=frozen):

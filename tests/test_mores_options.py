@@ -12,6 +12,7 @@ from tiny_models import hf_llava, randomise
 
 from vlmpeft import tune
 from vlmpeft.errors import ConfigError
+from vlmpeft.parts import table_text
 from vlmpeft.steering import MoReS, parameter_count
 from vlmpeft.tuners import Full
 
@@ -108,3 +109,12 @@ def test_the_norms_are_those_of_the_edits_matrices(variant: Any, language_dir: P
             up = q * torch.diagonal(r).sign()
             source = source - up.mT
         assert found == pytest.approx(float((up @ source).norm()), rel=1e-5)
+
+
+def test_the_table_of_a_tuned_model_says_what_the_paper_counts(language_dir: Path) -> None:
+    for bias, note in ((True, " (128 without biases)"), (False, "")):
+        model, _ = make("ours", language_dir)
+        text = table_text("stage", tune(model, [MoReS(bias=bias), Full("projector")]).table())
+        (line,) = [line for line in text.splitlines() if "mores" in line]
+        assert line.endswith(f"  mores{note}")
+        assert "  projector  " in text

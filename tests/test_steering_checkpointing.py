@@ -1,7 +1,7 @@
 """The published code's fault under activation checkpointing, made again here, and that ours does not have it.
 
 LLaVA-Steering steers from hooks that pyvene registers for each forward and takes away before backward (pyvene issue
-231). Its scripts switch gradient checkpointing on, and transformers 4.39, which it pins, checkpoints a block's `__call__`
+231). Its scripts switch gradient checkpointing on, and transformers 4.39, which it pins, checkpoints the call of a block
 with the hooks it has: in backward the blocks are computed again without steering.
 """
 
