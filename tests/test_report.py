@@ -141,7 +141,8 @@ def test_report_shows_the_numbers(run_dir: Path) -> None:
     _, page = read(run_dir)
     for figure in ("1.234", "0.567", "86.3", "+25.3", "50.3", "-36.0 points", "1 h 7 min", "97", "2 skipped"):
         assert figure in page.text, figure
-    for figure in ("64 without biases", "9,500", "5.26 %", "700", "8,500", "8.24 %"):  # totals: language's 8,000 counts once in either stage
+    assert "64 without biases" in page.text
+    for figure in ("9,500", "5.26 %", "700", "8,500", "8.24 %"):  # totals: language's 8,000 counts once in either stage
         assert figure in page.text, figure
     assert "frozen" in page.text
     assert "2.14.1" in page.text

@@ -1,8 +1,8 @@
 """The published code's fault under activation checkpointing, made again here, and that ours does not have it.
 
-LLaVA-Steering steers from hooks that pyvene registers for each forward and takes away before backward (pyvene issue
-231). Its scripts switch gradient checkpointing on, and transformers 4.39, which it pins, checkpoints the call of a block
-with the hooks it has: in backward the blocks are computed again without steering.
+LLaVA-Steering steers from hooks that pyvene registers for each forward and takes away before backward (see pyvene's
+issue 231). Its scripts switch gradient checkpointing on, and transformers 4.39, which it pins, checkpoints the call of
+a block, with the hooks it has then: in backward the blocks are computed again without steering.
 """
 
 from __future__ import annotations
