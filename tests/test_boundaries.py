@@ -39,7 +39,8 @@ LEVELS: dict[int, str] = {
     0: "batch parts quant_weight routing routed registry errors fs anyres loss schema sources safe_paths layouts "
     "layout_names layout_tokenizer llava_layout manifest sampling stopping json_stream normalise readers "
     "projectors.base projectors.layers tuners.attachment tuners.base tuners.linear tuners.targets tuners.sites "
-    "tuners.substitute tuners.lora_init tuners.peft_folder tuners.virtual tuners.deep_prefix",
+    "tuners.substitute tuners.lora_init tuners.peft_folder tuners.virtual tuners.deep_prefix "
+    "steering.lowrank",
 }
 LEVEL = {name: level for level, names in LEVELS.items() for name in names.split()}
 GROUPS = {  # modules of level 1 that may import each other besides their own level-0 base
@@ -57,6 +58,7 @@ BASES = {  # of level 0, and the groups they are for
     "tuners.targets": {"tuners", "steering"},
     "tuners.virtual": {"tuners"},
     "tuners.deep_prefix": {"tuners"},
+    "steering.lowrank": {"steering"},
 }
 FREE = {"projectors", "tuners", *GROUPS["vision"]}  # they gather their group
 FREE |= {"steering", "steering.mores", "steering.probe", "steering.reference"}
