@@ -101,7 +101,12 @@ def asked_of(routing: Routing, scope: TextScope, queries: Queries, drop_sink: in
         text = text & routing.instruction
     text = text & (count > drop_sink)
     order = wanted.long().argsort(dim=1, descending=True, stable=True)[:, : int(wanted.sum(1).max())]
-    return Asked(order, wanted.gather(1, order), routing.visual, text)
+    return Asked(order, wanted.gather(1, order), keys_of(routing.visual, routing), keys_of(text, routing))
+
+
+def keys_of(mask: Tensor, routing: Routing) -> Tensor:
+    """A mask of tokens (b, t) as one of keys (b, s): those of a trained prefix, in front, are False."""
+    return F.pad(mask, (routing.prefix, 0), value=False)
 
 
 @dataclass(frozen=True)
@@ -186,9 +191,9 @@ class Reader:
     @torch.no_grad()
     def _show(self, number: int, call: Call) -> None:
         routing = current_routing()
-        keys, tokens = call.key.shape[2], routing.visual.shape[1]
+        keys, tokens = call.key.shape[2], routing.visual.shape[1] + routing.prefix
         if keys != tokens:
-            message = f"block {number} attends to {keys} keys in a forward of {tokens} tokens: they are in a cache."
+            message = f"block {number} attends to {keys} keys in a forward that has {tokens}: they are in a cache."
             raise ModelError("M564", message, "generate first, then run the model once on prompt and answer.")
         with torch.autocast(call.query.device.type, enabled=False):
             self.see(number, routing, call)

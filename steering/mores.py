@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,8 @@ NAME = "steering"  # of the module inside the language model
 
 Variant = Literal["mores", "unconstrained", "random"]
 Site = Literal["block_input", "block_output"]
+Init = Literal["identity", "reference"]
+Tokens = Literal["visual", "text"]
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,7 @@ class IndexOf:
     """The flat positions (b * s) a forward steers, from its routing. Args: choice: see `positions`."""
 
     choice: positions.Choice
-    tokens: Literal["visual", "text"]
+    tokens: Tokens
 
     def __call__(self, routing: Routing) -> Tensor:
         if self.tokens == "text":
@@ -78,9 +80,9 @@ class MoReS:
     positions: str = "ratio:0.01"
     site: Site = "block_input"
     layers: str | tuple[int, ...] = "all"
-    init: Literal["identity", "reference"] = "identity"
+    init: Init = "identity"
     variant: Variant = "mores"
-    tokens: Literal["visual", "text"] = "visual"
+    tokens: Tokens = "visual"
     bias: bool = True
     dropout: float = 0.0
     seed: int = 0
@@ -89,6 +91,13 @@ class MoReS:
 
     def __post_init__(self) -> None:
         positions.parse(self.positions)
+        if isinstance(self.layers, str):
+            parse_layers(self.layers, 1)  # the name; numbers wait for a model
+        for key, value, allowed in (
+            ("site", self.site, Site), ("init", self.init, Init),
+            ("variant", self.variant, Variant), ("tokens", self.tokens, Tokens),
+        ):  # fmt: skip
+            check(value in get_args(allowed), f"mores.{key}", value, "one of " + ", ".join(get_args(allowed)))
         check(self.rank >= 1, "mores.rank", self.rank, "an integer of at least 1")
         check(0 <= self.dropout < 1, "mores.dropout", self.dropout, "a number in [0, 1)")
         check(self.part == "language", "mores.part", self.part, "language, whose blocks are steered")
@@ -96,13 +105,19 @@ class MoReS:
 
     def apply(self, model: nn.Module, parts: Parts) -> Mapping[str, nn.Parameter]:
         """Put the units before (or behind) the blocks. Returns: rotation, source and bias, by name; none if frozen."""
-        blocks = parse_layers(self.layers, len(parts.blocks))
+        blocks, width = parse_layers(self.layers, len(parts.blocks)), width_of(parts)
+        check(self.rank <= width, "mores.rank", self.rank, f"at most {width}, the width of this model")
         steering = Steering(self._units(parts, len(blocks)), route(model, parts), blocks, self.site)
         parts.language.add_module(NAME, steering)
         if self.variant == "random":
             return {}
         prefix = ".".join(p for p in (path_of(model, parts.language), NAME) if p)
         return {f"{prefix}.{k}": p for k, p in steering.named_parameters()}
+
+    def count_note(self, parameters: Mapping[str, nn.Parameter]) -> str:
+        """See `CountedTwice`: the paper counts U and A alone."""
+        biases = sum(p.numel() for name, p in parameters.items() if name.endswith(".bias"))
+        return f"{sum(p.numel() for p in parameters.values()) - biases:,} without biases" if biases else ""
 
     def _units(self, parts: Parts, layers: int) -> Units:
         frozen = self.variant == "random"
@@ -154,10 +169,15 @@ class Steering(Attachment):
 
     @torch.no_grad()
     def norms(self) -> Tensor:
-        """(l,) Frobenius norm of U (A - U^T), the linear part of each layer's edit: how strongly it steers."""
-        u = orthonormal(self.units.rotation) if self.units.constrained else self.units.rotation
-        down = self.units.source - u.mT if self.units.constrained else self.units.source
-        return torch.linalg.matrix_norm(u @ down)
+        """(l,) Frobenius norm of U (A - U^T), the linear part of each layer's edit: how strongly it steers.
+
+        Of the r x r matrices U^T U and C C^T, C = A - U^T: nothing of width by width is made.
+        """
+        units = self.units
+        up = orthonormal(units.rotation) if units.constrained else units.rotation  # (l, d, r)
+        down = units.source - up.mT if units.constrained else units.source  # (l, r, d)
+        squares = ((up.mT @ up) * (down @ down.mT)).sum((1, 2))
+        return squares.clamp_min(0).sqrt()
 
 
 def width_of(parts: Parts) -> int:

@@ -131,8 +131,8 @@ def parse(text: str) -> Choice:
     patterns: list[tuple[str, Callable[..., Choice]]] = [
         (r"all", lambda: everything),
         (r"ratio:([\d.]+)", lambda p: ratio(_share(p, text))),
-        (r"first_last:(\d+),(\d+)", lambda n, m: first_last(int(n), int(m))),
-        (r"uniform:(\d+)", lambda n: uniform(_count(n, text))),
+        (r"first_last:(\d+),(\d+)", lambda n, m: _ends(int(n), int(m), text)),
+        (r"uniform:(\d+)", lambda n: uniform(_count(int(n), text))),
         (r"random:(\d+)", lambda seed: random(SHARE, int(seed))),
         (r"random:([\d.]+),(\d+)", lambda p, seed: random(_share(p, text), int(seed))),
     ]
@@ -152,7 +152,12 @@ def _share(text: str, whole: str) -> float:
     return value
 
 
-def _count(text: str, whole: str) -> int:
-    if int(text) < 1:
+def _ends(first: int, last: int, whole: str) -> Choice:
+    _count(first + last, whole)
+    return first_last(first, last)
+
+
+def _count(tokens: int, whole: str) -> int:
+    if tokens < 1:
         raise ConfigError("C102", f"positions='{whole}' takes no token.", "use at least 1.")
-    return int(text)
+    return tokens

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from vlmpeft.errors import ModelError
 from vlmpeft.parts import Parts, parts_of
 from vlmpeft.routing import Routing
-from vlmpeft.steering.attention import Asked, Attended, Call, Queries, Reader, TextScope, asked_of, attended
+from vlmpeft.steering.attention import Asked, Attended, Call, Queries, Reader, TextScope, asked_of, attended, keys_of
 from vlmpeft.steering.statistics import RESAMPLES, Summary, summarise
 
 
@@ -157,8 +157,8 @@ def image_attention(model: nn.Module, parts: Parts, row: int, run: Callable[[], 
     found: dict[int, Tensor] = {}
 
     def see(layer: int, routing: Routing, call: Call) -> None:
-        weights, _ = call.at(torch.tensor([[row]], device=call.query.device))
-        found[layer] = weights[0, :, 0, routing.visual[0]]
+        weights, _ = call.at(torch.tensor([[routing.prompts + row]], device=call.query.device))
+        found[layer] = weights[0, :, 0, keys_of(routing.visual, routing)[0]]
 
     with Reader(model, parts, see):
         run()

@@ -6,27 +6,29 @@ Letters: b batch, s sequence, d width, l steered layers, r rank, p steered token
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vlmpeft.routing import Routing
+from vlmpeft.steering.lowrank import LowRankEdit
 
 
 @dataclass(frozen=True)
 class Edit:
     """What one forward needs, computed once.
 
-    index: (p,) flat positions. up: (l, d, r). down: (l, r, d). bias: (l, r).
+    index: (p,) flat positions. up: (d, r) of each layer. down: (r, d). bias: (r,).
     """
 
     index: Tensor
-    up: Tensor
-    down: Tensor
-    bias: Tensor
+    up: Sequence[Tensor]
+    down: Sequence[Tensor]
+    bias: Sequence[Tensor]
 
 
 def orthonormal(v: Tensor) -> Tensor:
@@ -74,26 +76,35 @@ class Units(nn.Module):
         """A as U^T of the very tensor the forward uses, so that the edit is exactly zero; C = 0 where U is free."""
         return orthonormal(self.rotation).mT.clone() if self.constrained else torch.zeros_like(self.rotation.mT)
 
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Units:
+        """Go where the host model goes, but never below fp32: a basis rounded to 16 bits is none any more."""
+
+        def kept(tensor: Tensor) -> Tensor:
+            moved: Tensor = fn(tensor)
+            return tensor.to(moved.device) if moved.element_size() < torch.float32.itemsize else moved
+
+        super()._apply(kept, recurse)
+        return self
+
     def edit(self, routing: Routing) -> Edit:
         """What all layers share in one forward: kept with the forward's routing, so that two forwards never mix."""
         if (found := routing.memo.get(self)) is None:
             up = orthonormal(self.rotation) if self.constrained else self.rotation
             down = self.source - up.mT if self.constrained else self.source
             bias = up.new_zeros(up.shape[0], up.shape[2]) if self.bias is None else self.bias
-            found = routing.memo[self] = Edit(self.index_of(routing), up, down, bias)
+            found = Edit(self.index_of(routing), up.unbind(), down.unbind(), bias.unbind())
+            routing.memo[self] = found
         return found
 
-    def delta(self, hidden: Tensor, layer: int, edit: Edit) -> Tensor:
-        """The edit of one layer before it is added, in fp32. Args: hidden (b, s, d). Returns: (p, d)."""
-        steered = hidden.reshape(-1, hidden.shape[-1]).index_select(0, edit.index).to(edit.up.dtype)  # (p, d)
-        low = torch.addmm(edit.bias[layer], steered, edit.down[layer].T)  # (p, r)
-        return F.dropout(low @ edit.up[layer].T, self.dropout, self.training)
+    def steer(self, hidden: Tensor, layer: int, edit: Edit) -> Tensor:
+        """(b, s, d) -> (b, s, d): the edit of one layer, computed in fp32."""
+        up, keep = edit.up[layer], None
+        if self.training and self.dropout > 0:
+            keep = F.dropout(up.new_ones(edit.index.shape[0], up.shape[0]), self.dropout)
+        return LowRankEdit.apply(hidden, edit.index, up, edit.down[layer], edit.bias[layer], keep)
 
     def forward(self, hidden: Tensor, layer: int, routing: Routing) -> Tensor:
         """(b, s, d) -> (b, s, d), equal bit for bit at positions that are not steered."""
         with torch.autocast(hidden.device.type, enabled=False):
             edit = self.edit(routing)
-            if edit.index.shape[0] == 0:
-                return hidden
-            delta = self.delta(hidden, layer, edit).to(hidden.dtype)
-        return hidden.flatten(0, 1).index_add(0, edit.index, delta).view(hidden.shape)
+            return hidden if edit.index.shape[0] == 0 else self.steer(hidden, layer, edit)

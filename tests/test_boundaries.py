@@ -41,7 +41,8 @@ LEVELS: dict[int, str] = {
     "layout_names layout_tokenizer llava_layout manifest sampling stopping json_stream normalise readers "
     "projectors.base projectors.layers tuners.attachment tuners.base tuners.linear tuners.targets tuners.sites "
     "tuners.substitute tuners.lora_init tuners.peft_folder tuners.virtual tuners.deep_prefix quant_anew "
-    "tuners.lora_layers tuners.rank_budget tuners.bottleneck_layers tuners.gated_attention tuners.block_choice",
+    "tuners.lora_layers tuners.rank_budget tuners.bottleneck_layers tuners.gated_attention tuners.block_choice "
+    "steering.lowrank",
 }
 LEVEL = {name: level for level, names in LEVELS.items() for name in names.split()}
 GROUPS = {  # modules of level 1 that may import each other besides their own level-0 base
@@ -64,6 +65,7 @@ BASES = {  # of level 0, and the groups they are for
     "tuners.targets": {"tuners", "steering"},
     "tuners.virtual": {"tuners"},
     "tuners.deep_prefix": {"tuners"},
+    "steering.lowrank": {"steering"},
 }
 FREE = {"projectors", "tuners", *GROUPS["vision"]}  # they gather their group
 FREE |= {"steering", "steering.mores", "steering.probe", "steering.reference"}

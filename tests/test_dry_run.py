@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -80,3 +81,43 @@ def test_what_would_stop_the_run_stops_the_dry_run(override: str, code: str) -> 
     with pytest.raises((ModelError, ConfigError)) as caught:
         train.main(dry("mobilevlm_lora", "mobilellama-1.4b", override))
     assert caught.value.code in (code, "M552")
+
+
+PHI_2 = {
+    "model_type": "phi", "architectures": ["PhiForCausalLM"], "vocab_size": 51200, "hidden_size": 2560,
+    "intermediate_size": 10240, "num_hidden_layers": 32, "num_attention_heads": 32, "partial_rotary_factor": 0.4,
+}  # fmt: skip
+SIGLIP = {
+    "model_type": "siglip",
+    "vision_config": {
+        "model_type": "siglip_vision_model", "hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 27,
+        "num_attention_heads": 16, "image_size": 384, "patch_size": 14,
+    },
+    "text_config": {"model_type": "siglip_text_model"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("model", "rank", "biased", "published", "projector"),
+    [
+        ("phi-2", 1, 163_872, 163_840, 9_507_840),
+        ("vicuna-7b", 2, 524_352, 524_288, 20_979_712),
+        ("vicuna-13b", 4, 1_638_560, 1_638_400, 31_467_520),
+    ],
+)
+def test_steering_prints_both_of_its_counts_and_the_projectors_beside_them(
+    model: str, rank: int, biased: int, published: int, projector: int, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    arguments = dry("llava_mores", model, f"mores.rank={rank}")
+    if model == "phi-2":
+        for name, config in (("phi-2", PHI_2), ("siglip", SIGLIP)):
+            (tmp_path / name).mkdir()
+            (tmp_path / name / "config.json").write_text(json.dumps(config))
+        places = [f"vision.name=hf:{tmp_path / 'siglip'}", f"language={tmp_path / 'phi-2'}", f"mores.rank={rank}"]
+        arguments = ["recipe=llava_mores_3b", "run.dry_run=true", *places]
+    assert train.main(arguments) == 0
+    rows = {line.split()[0]: line.split() for line in capsys.readouterr().out.splitlines()}
+    assert rows["language"][1] == f"{biased:,}"
+    assert rows["language"][5:] == ["mores", f"({published:,}", "without", "biases)"]
+    assert rows["projector"][1] == rows["projector"][3] == f"{projector:,}"
+    assert rows["all"][1] == f"{biased + projector:,}"

@@ -141,8 +141,8 @@ def test_cached_generation_steers_the_prompt_once_and_equals_that_without_a_cach
     prompt = {k: v for k, v in hf_inputs().items() if k != "labels"}
     edits: list[int] = []
     units = model.model.language_model.steering.units
-    delta = units.delta
-    units.delta = lambda *args: edits.append(args[1]) or delta(*args)  # counts, per unit
+    steer = units.steer
+    units.steer = lambda *args: edits.append(args[1]) or steer(*args)  # counts, per unit
     fixed = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
     cached = model.generate(**prompt, **fixed)
     assert edits == [0, 1]

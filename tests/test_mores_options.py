@@ -6,11 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from steered import KINDS, block_outputs, logits, make
-from tiny_models import hf_llava
+from tiny_models import hf_llava, randomise
 
 from vlmpeft import tune
 from vlmpeft.errors import ConfigError
+from vlmpeft.parts import table_text
 from vlmpeft.steering import MoReS, parameter_count
 from vlmpeft.tuners import Full
 
@@ -61,12 +63,58 @@ def test_what_it_trains_is_what_the_formula_says(kind: str, bias: bool, language
     assert sum(p.numel() for p in tuned.trainable().values()) == parameter_count(32, 2, 3, bias)
 
 
-def test_wrong_options_are_named() -> None:
-    for options, message in (
-        ({"rank": 0}, "mores.rank"), ({"dropout": 1.0}, "mores.dropout"), ({"part": "vision"}, "mores.part"),
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rank": 0}, "mores.rank=0"),
+        ({"dropout": 1.0}, "mores.dropout=1.0"),
+        ({"part": "vision"}, "mores.part='vision'"),
+        ({"lr": 2.0}, "mores.lr=2.0"),
         ({"positions": "some"}, "positions='some'"),
-    ):  # fmt: skip
-        with pytest.raises(ConfigError, match=message):
-            MoReS(**options)
+        ({"layers": "every:0"}, "layers='every:0' names no blocks"),
+        ({"site": "block"}, "mores.site='block'.*one of block_input, block_output"),
+        ({"init": "zero"}, "mores.init='zero'"),
+        ({"variant": "free"}, "mores.variant='free'"),
+        ({"tokens": "image"}, "mores.tokens='image'"),
+    ],
+)
+def test_a_wrong_option_is_named_before_there_is_a_model(options: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=rf"C102.*{message}"):
+        MoReS(**options)
+
+
+def test_a_block_or_a_rank_that_the_model_lacks_is_named_and_nothing_is_left_behind() -> None:
+    model = hf_llava()
+    names = [name for name, _ in model.named_modules()]
     with pytest.raises(ConfigError, match="the model has 2 blocks"):
-        tune(hf_llava(), [MoReS(layers=(5,))])
+        tune(model, [MoReS(layers=(5,))])
+    with pytest.raises(ConfigError, match=r"mores.rank=33.*at most 32, the width"):
+        tune(model, [MoReS(rank=33)])
+    assert [name for name, _ in model.named_modules()] == names
+
+
+@pytest.mark.parametrize("variant", ["mores", "unconstrained"])
+def test_the_norms_are_those_of_the_edits_matrices(variant: Any, language_dir: Path) -> None:
+    model, _ = make("ours", language_dir)
+    tuned = tune(model, [MoReS(rank=3, variant=variant)])
+    steering: Any = model.language.steering
+    if variant == "mores":
+        assert float(steering.norms().max()) < 1e-5  # identity init
+    randomise(tuned.trainable())
+    units = steering.units
+    for number, found in enumerate(steering.norms().tolist()):
+        up, source = units.rotation[number].detach(), units.source[number].detach()
+        if variant == "mores":
+            q, r = torch.linalg.qr(up)
+            up = q * torch.diagonal(r).sign()
+            source = source - up.mT
+        assert found == pytest.approx(float((up @ source).norm()), rel=1e-5)
+
+
+def test_the_table_of_a_tuned_model_says_what_the_paper_counts(language_dir: Path) -> None:
+    for bias, note in ((True, " (128 without biases)"), (False, "")):
+        model, _ = make("ours", language_dir)
+        text = table_text("stage", tune(model, [MoReS(bias=bias), Full("projector")]).table())
+        (line,) = [line for line in text.splitlines() if "mores" in line]
+        assert line.endswith(f"  mores{note}")
+        assert "  projector  " in text

@@ -83,7 +83,9 @@ def test_text_is_counted_over_the_whole_row() -> None:
     assert found == [0, 1, 10, 11]
 
 
-@pytest.mark.parametrize("text", ["ratio:0", "ratio:1.5", "uniform:0", "first:4", "ratio:.", "random:2,1"])
+@pytest.mark.parametrize(
+    "text", ["ratio:0", "ratio:1.5", "uniform:0", "first_last:0,0", "first:4", "ratio:.", "random:2,1"]
+)
 def test_a_wrong_choice_is_refused_with_its_text(text: str) -> None:
     with pytest.raises(ConfigError, match=f"positions='{text}'"):
         positions.parse(text)

@@ -101,7 +101,7 @@ def test_matches_peft_logits_gradients_and_generation_on_llava(hidden: int | Non
 
 @torch.no_grad()
 def greedy(model: Any, inputs: dict[str, Tensor], steps: int) -> Tensor:
-    """Generation by whole forwards: peft's own on transformers 5.24 leaves the prefix out, as a cache is given twice."""
+    """Generation by whole forwards: peft's own, on transformers 5.24, leaves the prefix out."""
     ids = inputs["input_ids"]
     for _ in range(steps):
         given = inputs | {"input_ids": ids, "attention_mask": torch.ones_like(ids)}

@@ -87,7 +87,13 @@ def test_the_other_published_rates_are_one_override_away(name: str, overrides: l
 
 def test_every_shipped_recipe_is_known_here() -> None:
     steered = {"llava_mores", "llava_mores_3b", "quickstart_mores"}
-    assert set(recipe_names()) - {"llava_qlora"} == {*PUBLISHED, *steered, "llava_two_stage", "quickstart", "quickstart_scenes"}
+    assert set(recipe_names()) - {"llava_qlora"} == {
+        *PUBLISHED,
+        *steered,
+        "llava_two_stage",
+        "quickstart",
+        "quickstart_scenes",
+    }
 
 
 @pytest.mark.parametrize(

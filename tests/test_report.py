@@ -89,7 +89,8 @@ def run_dir(tmp_path: Path) -> Path:
         {"name": "pretrain", "steps": 40, "seconds": 61.0, "samples": 320, "final_loss": 1.234, "best_step": None,
          "trainable": [part("vision", "clip", 0, 1000), projector, part("language", "lora", 0, 8000)]},
         {"name": "instruct", "steps": 40, "seconds": 4000.0, "samples": 640, "final_loss": 0.567, "best_step": 30,
-         "trainable": [projector, part("language", "lora", 160, 8000), part("language", "norm", 40, 8000)]},
+         "trainable": [projector, part("language", "lora", 160, 8000), part("language", "norm", 40, 8000),
+                       {"part": "steered", "trainable": 0, "total": 0, "note": "64 without biases"}]},
     ]  # fmt: skip
     summary = {
         "title": f"Run {ALERT}",
@@ -140,6 +141,7 @@ def test_report_shows_the_numbers(run_dir: Path) -> None:
     _, page = read(run_dir)
     for figure in ("1.234", "0.567", "86.3", "+25.3", "50.3", "-36.0 points", "1 h 7 min", "97", "2 skipped"):
         assert figure in page.text, figure
+    assert "64 without biases" in page.text
     for figure in ("9,500", "5.26 %", "700", "8,500", "8.24 %"):  # totals: language's 8,000 counts once in either stage
         assert figure in page.text, figure
     assert "frozen" in page.text

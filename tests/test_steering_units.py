@@ -7,9 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from test_lmar import Largest
 from torch import Tensor
 
 from vlmpeft.routing import Routing
+from vlmpeft.steering import positions
+from vlmpeft.steering.lowrank import LowRankEdit
+from vlmpeft.steering.mores import IndexOf
 from vlmpeft.steering.units import Units, orthonormal
 
 D, LAYERS = 24, 3
@@ -178,3 +182,70 @@ def test_two_forwards_keep_their_own_edit() -> None:
     (steering(h, 0, routing()).sum() + steering(2 * h, 0, routing()).sum()).backward()
     for name, p in steering.named_parameters():
         torch.testing.assert_close(p.grad, together[name])
+
+
+@pytest.mark.parametrize("dropped", [False, True])
+def test_the_edits_own_backward_is_that_of_pytorchs_operations(dropped: bool) -> None:
+    generator = torch.Generator().manual_seed(4)
+    shapes = {"hidden": (2, 8, D), "up": (D, 2), "down": (2, D), "bias": (2,)}
+    keep = (torch.rand(len(INDEX), D, generator=generator) > 0.5) * 2.0 if dropped else None
+    values = {k: torch.randn(shape, generator=generator).requires_grad_() for k, shape in shapes.items()}
+    weight = torch.randn(2, 8, D, generator=generator)
+
+    def composed(hidden: Tensor, up: Tensor, down: Tensor, bias: Tensor) -> Tensor:
+        flat = hidden.flatten(0, 1)
+        delta = (flat[INDEX] @ down.T + bias) @ up.T * (1.0 if keep is None else keep)
+        return flat.index_add(0, INDEX, delta).view(hidden.shape)
+
+    def edited(hidden: Tensor, up: Tensor, down: Tensor, bias: Tensor) -> Tensor:
+        out: Tensor = LowRankEdit.apply(hidden, INDEX, up, down, bias, keep)  # type: ignore[no-untyped-call]
+        return out
+
+    outs = [composed(**values), edited(**values)]
+    torch.testing.assert_close(outs[1], outs[0])
+    first, second = (torch.autograd.grad((out * weight).sum(), list(values.values())) for out in outs)
+    for one, other in zip(first, second, strict=True):
+        torch.testing.assert_close(other, one)
+
+
+@pytest.mark.parametrize("rank", [1, 4])
+def test_nothing_of_width_by_width_is_made(rank: int) -> None:
+    width, layers = 300, 2
+    steering = Units(layers, width, rank, lambda routing: INDEX, identity=False)
+    with Largest() as largest:
+        for layer in range(layers):
+            steering(torch.randn(2, 8, width, requires_grad=True), layer, routing()).sum().backward()
+    assert largest.elements == max(16, layers * rank) * width  # hidden states, or one stack of parameters
+    assert sum(b.numel() for b in steering.buffers()) == 0
+
+
+@pytest.mark.parametrize("rank", [1, 4])
+def test_nothing_is_read_back_from_the_device(rank: int) -> None:
+    """On the meta device, which has no values, whatever asks for one fails."""
+    choice = IndexOf(positions.parse("first_last:1,2"), "visual")
+    steering = Units(LAYERS, D, rank, choice, dropout=0.1, device=torch.device("meta"))
+    mask = torch.ones(2, 8, dtype=torch.bool, device="meta")
+    known = Routing(mask, ~mask, images=(2, 4))
+    hidden = torch.empty(2, 8, D, device="meta", requires_grad=True)
+    out = hidden
+    for layer in range(LAYERS):
+        out = steering.steer(out, layer, steering.edit(known))
+    assert known.memo[steering].index.shape == (6,)
+    out.sum().backward()
+    assert hidden.grad is not None
+    with pytest.raises((RuntimeError, NotImplementedError)):  # the host does not know how many images there are
+        steering.edit(Routing(mask, ~mask))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_casting_the_host_model_leaves_the_units_in_fp32(dtype: torch.dtype) -> None:
+    host = torch.nn.Sequential(torch.nn.Linear(2, 2), units(4))
+    before = {k: v.clone() for k, v in host[1].state_dict().items()}
+    host.to(dtype).float()
+    assert {p.dtype for p in host[0].parameters()} == {torch.float32}
+    host.to(dtype)
+    assert {p.dtype for p in host[0].parameters()} == {dtype}
+    assert all(v.equal(before[k]) for k, v in host[1].state_dict().items())
+    assert all(p.requires_grad for p in host[1].parameters())
+    u = orthonormal(host[1].rotation.detach())  # type: ignore[arg-type, operator, union-attr]
+    assert (u.mT @ u - torch.eye(4)).abs().max() < 1e-6

@@ -98,12 +98,17 @@ def parameter_table(
 def table_text(stage: str, rows: Sequence[Mapping[str, Any]]) -> str:
     """`parameter_table` for people: a line per part, the language model with its head, and the sum."""
     lines = [f"{stage}: trainable parameters"]
-    lines += [_table_line(row["part"], [row], ", ".join(row["tuners"])) for row in rows]
+    lines += [_table_line(row["part"], [row], _who(row)) for row in rows]
     if any(row["part"] == "lm_head" for row in rows):
         lines.append(
             _table_line("LLM", [row for row in rows if row["part"] in ("language", "lm_head")], "with its head")
         )
     return "\n".join([*lines, _table_line("all", rows, "")])
+
+
+def _who(row: Mapping[str, Any]) -> str:
+    """The tuners of a row, and what there is to say of their count."""
+    return ", ".join(row["tuners"]) + (f" ({row['note']})" if row.get("note") else "")
 
 
 def _table_line(name: str, rows: Sequence[Mapping[str, Any]], note: str) -> str:

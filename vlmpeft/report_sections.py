@@ -158,6 +158,11 @@ def _parameter_cells(rows: Sequence[Row]) -> str:
     return f"<td>{count}</td><td>{total:,.0f}</td><td>{share}</td>"
 
 
+def _notes(rows: Sequence[Row], part: str) -> list[str]:
+    """What the rows of a part say of their count."""
+    return [str(row["note"]) for row in rows if row.get("part") == part and row.get("note")]
+
+
 def parameters(run: Run) -> str:
     """Trainable and all parameters per part, the stages side by side, with totals."""
     stages = {n: rows for n, s in run.stages().items() if (rows := dicts(s.get("trainable")))}
@@ -170,7 +175,8 @@ def parameters(run: Run) -> str:
     body = ""
     for part, name in dict.fromkeys(key(row) for rows in stages.values() for row in rows):
         own = ([row for row in rows if key(row) == (part, name)] for rows in stages.values())
-        body += f"<tr><th>{escape(part)} <small>{escape(name)}</small></th>{''.join(map(_parameter_cells, own))}</tr>"
+        said = name or "; ".join(dict.fromkeys(n for rows in stages.values() for n in _notes(rows, part)))
+        body += f"<tr><th>{escape(part)} <small>{escape(said)}</small></th>{''.join(map(_parameter_cells, own))}</tr>"
     names = "".join(f'<th colspan="3" class="group">{escape(name)}</th>' for name in stages)
     units = "<th>trainable</th><th>all</th><th>share</th>" * len(stages)
     totals = "".join(map(_parameter_cells, stages.values()))

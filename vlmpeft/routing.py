@@ -51,6 +51,8 @@ class Routing:
         adapter: (b,) int64 index of the adapter a row uses, on the CPU; None where all rows use the same.
         instruction: what the user says, of the text; None where turns are not known.
         images: (views, tokens of each) that the batch shows, where the host knows it.
+        prompts: virtual tokens at the input; the masks begin with them, as neither image nor text.
+        prefix: virtual tokens that are keys and values only: every attention has their keys before those of the masks.
         memo: what acts on this forward keeps here what it computes once for all layers.
     """
 
@@ -61,6 +63,8 @@ class Routing:
     adapter: Tensor | None = field(default_factory=adapter_of_rows)
     instruction: Tensor | None = None
     images: tuple[int, int] | None = None
+    prompts: int = 0
+    prefix: int = 0
     memo: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
 
     def rows_of(self, adapter: int) -> Rows | None:
@@ -79,7 +83,11 @@ class Routing:
         visual, text, answer, predict = (None if mask is None else mask[at] for mask in masks)
         instruction = None if self.instruction is None else self.instruction[at]
         adapter = None if self.adapter is None else self.adapter[numbers]
-        return Rows(at, Routing(visual, text, answer, predict, adapter, instruction))  # type: ignore[arg-type]
+        routing = Routing(
+            visual, text, answer, predict, adapter, instruction,  # type: ignore[arg-type]
+            prompts=self.prompts, prefix=self.prefix,
+        )  # fmt: skip
+        return Rows(at, routing)
 
 
 class Rows(NamedTuple):

@@ -15,7 +15,7 @@ from vlmpeft.errors import ModelError
 from vlmpeft.parts import Parts, parameter_table, parts_of, path_of
 from vlmpeft.quant_weight import is_quantised, refuse_training
 from vlmpeft.tuners.attachment import Attachment
-from vlmpeft.tuners.base import Tuner
+from vlmpeft.tuners.base import Tuner, with_notes
 from vlmpeft.tuners.linear import AdaptedLinear
 from vlmpeft.weights import assign, plain_name, read_tuned, write_tuned
 
@@ -226,9 +226,10 @@ class Tuned:
                 module.take_out(self.model, path)
 
     def table(self) -> list[dict[str, object]]:
-        """Rows of the trainable table: part, tuners, trainable and total parameters, each tensor counted once."""
+        """Rows of the trainable table: part, tuners, trainable and total parameters (each tensor once), note."""
         tuner_of = {key: name for name, parameters in self.claims().items() for key in parameters}
-        return parameter_table(self.model, self.parts, tuner_of, self._added())
+        rows = parameter_table(self.model, self.parts, tuner_of, self._added())
+        return with_notes(rows, {name: (a.tuner, a.parameters) for name, a in self.applied.items()})
 
 
 def tune(model: nn.Module, tuners: Sequence[Tuner] | Mapping[str, Tuner], parts: Parts | None = None) -> Tuned:

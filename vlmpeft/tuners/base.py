@@ -159,6 +159,30 @@ class Calibrated(Protocol):
         ...
 
 
+@runtime_checkable
+class CountedTwice(Protocol):
+    """A tuner whose paper counts less than what it trains."""
+
+    def count_note(self, parameters: Mapping[str, nn.Parameter]) -> str:
+        """The paper's count in words, "" for none. Args: parameters: what it trains, by name."""
+        ...
+
+
+def with_notes(
+    rows: list[dict[str, object]], tuners: Mapping[str, tuple[Tuner, Mapping[str, nn.Parameter]]]
+) -> list[dict[str, object]]:
+    """Rows of a trainable table with a "note" where a tuner of the row counts in two ways.
+
+    Args: tuners: tuner and what it trains, by its name in the rows.
+    """
+    for row in rows:
+        chosen = [tuners[name] for name in row["tuners"] if name in tuners]  # type: ignore[attr-defined]
+        notes = [t.count_note(parameters) for t, parameters in chosen if isinstance(t, CountedTwice)]
+        if any(notes):
+            row["note"] = "; ".join(note for note in notes if note)
+    return rows
+
+
 def peft_form(tuner: object) -> PeftForm | None:
     """The tuner, if its folder is one that `peft` loads."""
     return tuner if isinstance(tuner, PeftForm) and tuner.in_peft else None

@@ -102,10 +102,12 @@ class DecoderFront:
         if positions is None:
             positions = _positions(mask, tokens, max(0, past - count))
         if prompts is None:
-            return self.original(**given | {"position_ids": positions + deep})
+            with routed(_routing(0, deep)):
+                return self.original(**given | {"position_ids": positions + deep})
         given = given | {"position_ids": positions + deep + count, "attention_mask": wider(mask, count)}
         if past:  # they are in the cache
-            return self.original(**given)
+            with routed(_routing(0, deep)):
+                return self.original(**given)
         if getattr(cache, "is_compileable", False):
             message = "a KV cache of fixed size has no room for virtual tokens at the input."
             raise ModelError("M567", message, "generate with the cache that grows, or use prefix_tuning.")
@@ -118,7 +120,7 @@ class DecoderFront:
             "attention_mask": with_rows(given["attention_mask"], count),
             "position_ids": torch.cat([before, given["position_ids"]], -1),
         }
-        with routed(_routing(count)):
+        with routed(_routing(count, deep)):
             return without_first(self.original(**given), count)
 
 
@@ -188,14 +190,16 @@ def with_rows(mask: Any, count: int) -> Any:
     return torch.cat([allowed, mask], 2)
 
 
-def _routing(count: int) -> Routing | None:
-    """The routing of the forward with `count` tokens in front that are neither image nor text."""
+def _routing(count: int, deep: int) -> Routing | None:
+    """The routing of the forward, with `count` tokens in front that are neither image nor text and `deep` keys more."""
     now = find_routing()
-    if now is None:
-        return None
+    if now is None or not (count or deep):
+        return now
+    if not count:  # the tokens are the same, and so is what was computed of them
+        return dataclasses.replace(now, prefix=deep)
     masks = {name: mask for name in MASKS if (mask := getattr(now, name)) is not None}
     wide: dict[str, Any] = {name: F.pad(mask, (count, 0), value=False) for name, mask in masks.items()}
-    return dataclasses.replace(now, memo={}, **wide)
+    return dataclasses.replace(now, memo={}, prompts=count, prefix=deep, **wide)
 
 
 MASKS = ("visual", "text", "answer", "predict", "instruction")  # of a Routing
