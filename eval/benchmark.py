@@ -116,8 +116,11 @@ class Command:
         benchmark, questions = self.make(arguments), self.read(arguments)
         for question in questions:
             benchmark.judge(question, "")
-        metrics = run(arguments, questions, benchmark.evaluate, benchmark.about, benchmark.points)
-        print(table(self.show(metrics)))
+
+        def show(metrics: Mapping[str, Any]) -> None:
+            print(table(self.show(metrics)))
+
+        run(arguments, questions, benchmark.evaluate, benchmark.about, benchmark.points, show)
 
 
 def accuracy(scores: Sequence[float]) -> dict[str, Any]:

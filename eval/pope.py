@@ -34,6 +34,7 @@ ABOUT = {"benchmark": "pope", "parser": "official"}  # POPE 08d957b evaluate.py,
 QUESTION_KEYS = ("question_id", "image", "text", "label")
 REQUIRED = ("model", "questions", "images", "out")
 DEFAULTS = {"suffix": SUFFIX, "batch_size": 16, "ablate": "none", "max_new_tokens": 16, "device": "auto"}
+DEFAULTS |= {"overwrite": False}
 OPTIONAL = {"compare": None}
 COLUMNS = ("n", "accuracy", "precision", "recall", "f1", "yes_ratio", "unparsable", "empty", "auc")
 
@@ -218,7 +219,7 @@ def score_files(argv: Sequence[str]) -> None:
 def run_model(argv: Sequence[str]) -> None:
     """The command line with model=DIR: writes answers.jsonl and metrics.json into out, prints a table."""
     arguments = parse_arguments(argv, DEFAULTS | OPTIONAL, REQUIRED, __doc__ or "")
-    _print_table(run(arguments, read_questions(arguments["questions"]), evaluate, ABOUT, is_correct))
+    run(arguments, read_questions(arguments["questions"]), evaluate, ABOUT, is_correct, _print_table)
 
 
 def main(argv: Sequence[str]) -> None:
