@@ -120,7 +120,7 @@ def _write_part(part: Path, settings: Mapping[str, Any], batches: Mapping[tuple[
 
 
 def _line(call: int, batch: int, pairs: Pairs) -> str:
-    answers = [[index, answer.text, answer.margin] for index, answer in pairs]
+    answers = [[index, answer.text, answer.margin, answer.logliks] for index, answer in pairs]
     return json.dumps({"call": call, "batch": batch, "answers": answers})
 
 
@@ -135,7 +135,10 @@ def _batch(line: str) -> tuple[tuple[int, int], Pairs] | None:
 
     row = _object(line)
     try:
-        pairs = [(int(index), Answer(text, *more)) for index, text, *more in row["answers"]]
+        pairs = [
+            (int(index), Answer(text, margin, None if logliks is None else tuple(logliks)))
+            for index, text, margin, logliks in row["answers"]
+        ]
         return (int(row["call"]), int(row["batch"])), pairs
     except (KeyError, TypeError, ValueError):
         return None
@@ -156,10 +159,10 @@ class AnswerLog:
         return batches_of(sorted(self.folder.glob(PARTS)))
 
     def add(self, call: int, batch: int, pairs: Pairs) -> None:
-        """Keep a finished batch. Raises: NumericError N301 if a margin is not finite: no result to go on with."""
-        margins = [answer.margin for _, answer in pairs if answer.margin is not None]
-        wrong = [margin for margin in margins if not math.isfinite(margin)]
+        """Keep a finished batch. Raises: NumericError N301 if a number is not finite: no result to go on with."""
+        numbers = [x for _, answer in pairs for x in (answer.margin, *(answer.logliks or ())) if x is not None]
+        wrong = [number for number in numbers if not math.isfinite(number)]
         if wrong:
-            message = f"the margin between the two words is {wrong[0]} in {len(wrong)} of {len(pairs)} answers."
+            message = f"the model's logits are not finite: {wrong[0]} in a batch of {len(pairs)} answers."
             raise NumericError("N301", message, "try dtype float32 or an earlier checkpoint.")
         fs.append_line(part_file(self.folder, self.team.rank), _line(call, batch, pairs))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from vlmpeft.errors import EnvironmentFault, EvalError
 from vlmpeft.eval.answer_log import AnswerLog, Pairs
@@ -22,22 +22,11 @@ def batches_of(requests: Sequence[Request], batch_size: int) -> list[list[int]]:
 
     The plan depends on the requests alone, so that every process, and a run that goes on, makes the same batches.
     """
-    keys = [tuple(image if isinstance(image, str) else id(image) for image in _names(r)) for r in requests]
-    longest: dict[Any, int] = {}
-    for key, request in zip(keys, requests, strict=True):
-        longest[key] = max(longest.get(key, 0), len(request.prompt))
-    rank = {key: i for i, key in enumerate(longest)}
-    order = sorted(
-        range(len(requests)), key=lambda i: (-longest[keys[i]], rank[keys[i]], -len(requests[i].prompt))
-    )  # fmt: skip
+    from vlmpeft.decode import images_key, together
+
+    keys = [(bool(request.candidates), images_key(request)) for request in requests]
+    order = together(keys, [len(request.prompt) for request in requests])
     return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-
-
-def _names(request: Request) -> list[Any]:
-    """Files by name, pictures as they are: those of an ablation are shared."""
-    from PIL import Image
-
-    return [image if isinstance(image, Image.Image) else str(image) for image in request.images]
 
 
 class Remembering:

@@ -5,18 +5,29 @@ from __future__ import annotations
 import hashlib
 import re
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vlmpeft.errors import ConfigError, nearest
 from vlmpeft.eval.ablate import ablated
-from vlmpeft.eval.choices import Item, Judge, Summary, Verdict, tally, verdicts_of
+from vlmpeft.eval.choices import Item, Judge, Summary, Verdict, judge_with, tally, verdicts_of
+from vlmpeft.eval.method import candidates_of, logliks_of
 from vlmpeft.eval.runner import Answerer
 
 if TYPE_CHECKING:
     from tqdm import tqdm
 
     from vlmpeft.decode import Answer, Request
+
+CANDIDATES = ("letters", "texts")
+
+
+def check_candidates(kind: str) -> None:
+    """Raises: ConfigError C102 unless `kind` is one of CANDIDATES."""
+    if kind not in CANDIDATES:
+        raise ConfigError("C102", f"no candidates '{kind}'{nearest(kind, CANDIDATES)}")
 
 
 def evaluate(
@@ -29,40 +40,73 @@ def evaluate(
     ablate: str = "none",
     progress: bool = True,
     summarise: Summary = tally,
+    method: str = "generate",
+    candidates: str = "letters",
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Ask a model every item, greedily, and judge it.
 
     Args:
         ablate: what to show instead of the images: none, blank, shuffle or noise; see `vlmpeft.eval.ablate`.
+        method: see `method.candidates_of`; open items are generated whatever it is.
+        candidates: of that, the options' `letters` or their `texts`; the answer is a letter either way.
 
-    Returns: rows in the order of the items (question_id, prompt, text as it came, parsed, by_chance, correct, answer);
-    the metrics.
+    Returns: rows in the order of the items (question_id, prompt, text as it came, parsed, by_chance, correct, answer;
+    by likelihood logliks); the metrics.
     """
     from tqdm import tqdm
+
+    check_candidates(candidates)
+    chosen = [candidates_of(method, _candidates(item, candidates)) for item in items]
+    judge = judge if method == "generate" else _by_letter(judge)
 
     with (
         tempfile.TemporaryDirectory(prefix="vlmpeft-") as folder,
         tqdm(total=len(items), unit="question", disable=not progress, mininterval=1.0) as bar,
     ):
+        requests = _requests(bundle, items, ablate, Path(folder))
         answers = bundle.answer(
-            _requests(bundle, items, ablate, Path(folder)),
+            [replace(request, **more) for request, more in zip(requests, chosen, strict=True)],
             max_new_tokens=max_new_tokens,
             batch_size=batch_size,
-            on_batch=_progress(bar, items, judge),
+            on_batch=_progress(bar, items, judge, chosen),
         )
-    texts = [answer.text.strip() for answer in answers]
-    verdicts = verdicts_of(items, texts, judge)
-    rows = [_row(item, text, verdict) for item, text, verdict in zip(items, texts, verdicts, strict=True)]
+    said = [_said(item, answer, more) for item, answer, more in zip(items, answers, chosen, strict=True)]
+    verdicts = verdicts_of(items, [text for text, _ in said], judge)
+    rows = [
+        {**_row(item, text, verdict), **logliks}
+        for item, (text, logliks), verdict in zip(items, said, verdicts, strict=True)
+    ]
     return rows, summarise(items, verdicts)
 
 
-def _progress(bar: tqdm[Any], items: Sequence[Item], judge: Judge) -> Callable[[Sequence[tuple[int, Answer]]], None]:
+def _candidates(item: Item, kind: str) -> tuple[str, ...]:
+    return tuple(item.options if kind == "letters" else item.options.values())
+
+
+def _said(item: Item, answer: Answer, chosen: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
+    """The text of an answer, of a chosen one the option's letter; and the log-likelihood of each letter."""
+    if not chosen:
+        return answer.text.strip(), {}
+    letters = list(item.options)
+    return letters[chosen["candidates"].index(answer.text)], logliks_of(answer, letters, item.id)
+
+
+def _by_letter(judge: Judge) -> Judge:
+    """Options by the letter that was chosen, which no parser has to find; open items by `judge`."""
+    choose = judge_with(lambda text, options: text if text in options else None)
+    return lambda item, text: (choose if item.options else judge)(item, text)
+
+
+def _progress(
+    bar: tqdm[Any], items: Sequence[Item], judge: Judge, chosen: Sequence[Mapping[str, Any]]
+) -> Callable[[Sequence[tuple[int, Answer]]], None]:
     """What to do after a batch: move the bar on, with the accuracy so far."""
     right = 0
 
     def on_batch(batch: Sequence[tuple[int, Answer]]) -> None:
         nonlocal right
-        right += sum(judge(items[index], answer.text.strip()).correct for index, answer in batch)
+        said = [(index, _said(items[index], answer, chosen[index])[0]) for index, answer in batch]
+        right += sum(judge(items[index], text).correct for index, text in said)
         bar.set_postfix_str(f"accuracy {right / (bar.n + len(batch)):.3f}", refresh=False)
         bar.update(len(batch))
 

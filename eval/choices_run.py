@@ -21,14 +21,16 @@ from vlmpeft.eval.choices import (
     score_items,
     tally,
 )
-from vlmpeft.eval.choices_ask import evaluate, facts
+from vlmpeft.eval.choices_ask import check_candidates, evaluate, facts
 from vlmpeft.eval.compare import compare_files, texts_of
 from vlmpeft.eval.identity import digest
+from vlmpeft.eval.method import check_method
 from vlmpeft.eval.rows import read_rows
 from vlmpeft.eval.runner import Answerer, parse_arguments, table
 from vlmpeft.eval.session import Evaluation, carry_out
 
 ASKING = {"batch_size": 16, "ablate": "none", "max_new_tokens": 64, "device": "auto", "overwrite": False}
+ASKING |= {"method": "generate", "candidates": "letters"}
 PATHS = ("images",)  # options of a benchmark that say where something is, and nothing of the result
 OPTIONAL = {"compare": None}
 
@@ -85,11 +87,13 @@ def _run_model(argv: Sequence[str], benchmark: ChoiceBenchmark) -> None:
     needed = ("model", *benchmark.required, "out")
     arguments = parse_arguments(argv, {**benchmark.defaults, **ASKING, **OPTIONAL}, needed, benchmark.doc)
     check_ablation(arguments["ablate"])
+    check_method(arguments["method"])
+    check_candidates(arguments["candidates"])
     judge, items = benchmark.judge(arguments["parser"]), benchmark.read(arguments, True)
     refuse_repeated(items)
     if arguments["compare"]:
         texts_of(arguments["compare"], keyed(items))
-    asking = {key: arguments[key] for key in ("batch_size", "max_new_tokens", "ablate")}
+    asking = {key: arguments[key] for key in ("batch_size", "max_new_tokens", "ablate", "method", "candidates")}
 
     def ask_model(bundle: Answerer, progress: bool) -> tuple[list[dict[str, Any]], dict[str, Any]]:
         return evaluate(bundle, items, judge, summarise=benchmark.summarise, progress=progress, **asking)

@@ -23,6 +23,7 @@ from typing import Any
 
 from vlmpeft.errors import ConfigError, EvalError, nearest, run_command
 from vlmpeft.eval.benchmark import Benchmark, Command, Pair, accuracy
+from vlmpeft.eval.method import YES_NO
 from vlmpeft.eval.rows import Row, join, read_document, read_rows
 from vlmpeft.eval.runner import parse_arguments
 from vlmpeft.eval.vqa_text import strip_punctuation
@@ -80,7 +81,7 @@ def benchmark(options: Mapping[str, Any]) -> Benchmark:
         right = [judge(question, text)["score"] == 1 for question, text in kept]
         return _totals([question for question, _ in kept], right, official=parser == "contains")
 
-    return Benchmark({"benchmark": "hallusion", "parser": parser}, judge, total)
+    return Benchmark({"benchmark": "hallusion", "parser": parser}, judge, total, candidates=YES_NO)
 
 
 def _judged(question: Row, answer: Row) -> bool:

@@ -20,6 +20,7 @@ from typing import Any
 
 from vlmpeft.errors import ConfigError, EvalError, nearest, run_command
 from vlmpeft.eval.benchmark import Benchmark, Command, Pair, accuracy
+from vlmpeft.eval.method import YES_NO
 from vlmpeft.eval.rows import Row, read_rows
 
 PERCEPTION = (
@@ -75,7 +76,7 @@ def benchmark(options: Mapping[str, Any]) -> Benchmark:
     def total(pairs: Sequence[Pair]) -> dict[str, Any]:
         return _total([(question, judge(question, text)) for question, text in pairs])
 
-    return Benchmark({"benchmark": "mme", "parser": parser}, judge, total)
+    return Benchmark({"benchmark": "mme", "parser": parser}, judge, total, candidates=YES_NO)
 
 
 def _total(judged: Sequence[tuple[Row, Mapping[str, Any]]]) -> dict[str, Any]:

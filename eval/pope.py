@@ -25,6 +25,7 @@ from typing import Any, Literal
 from vlmpeft.errors import ConfigError, EvalError, run_command
 from vlmpeft.eval.compare import compare_files
 from vlmpeft.eval.interval import interval
+from vlmpeft.eval.method import YES_NO
 from vlmpeft.eval.rows import Row, answer_text, join, read_rows
 from vlmpeft.eval.runner import Answerer, ask, parse_arguments, run, table
 
@@ -153,8 +154,12 @@ def evaluate(
     max_new_tokens: int = 16,
     ablate: str = "none",
     progress: bool = True,
+    method: str = "generate",
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Ask a model and score it. Returns: the answer rows in question order, and `score_settings` of them."""
+    """Ask a model and score it. Args: method: see `method.candidates_of`; the answers are Yes and No.
+
+    Returns: the answer rows in question order, and `score_settings` of them.
+    """
     for question in questions:
         _label(question)
     answers = ask(
@@ -165,9 +170,11 @@ def evaluate(
         batch_size=batch_size,
         max_new_tokens=max_new_tokens,
         ablate=ablate,
-        contrast=("Yes", "No"),
+        contrast=YES_NO,
         progress=progress,
         correct=is_correct,
+        method=method,
+        candidates=YES_NO,
     )
     rows = [
         {**row, "parsed": parse_answer(row["text"]), "label": question["label"], "margin": row["margin"]}
@@ -218,7 +225,7 @@ def score_files(argv: Sequence[str]) -> None:
 
 def run_model(argv: Sequence[str]) -> None:
     """The command line with model=DIR: writes answers.jsonl and metrics.json into out, prints a table."""
-    arguments = parse_arguments(argv, DEFAULTS | OPTIONAL, REQUIRED, __doc__ or "")
+    arguments = parse_arguments(argv, DEFAULTS | OPTIONAL | {"method": "generate"}, REQUIRED, __doc__ or "")
     run(arguments, read_questions(arguments["questions"]), evaluate, ABOUT, is_correct, _print_table)
 
 

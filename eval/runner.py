@@ -12,6 +12,7 @@ from vlmpeft.eval.ablate import ablated, check_ablation
 from vlmpeft.eval.arguments import parse_arguments, table
 from vlmpeft.eval.compare import compare_files, texts_of
 from vlmpeft.eval.identity import digest
+from vlmpeft.eval.method import candidates_of, check_method, logliks_of
 from vlmpeft.eval.paths import has_image, resolve_images, with_image
 from vlmpeft.eval.rows import Row, read_rows, write_json, write_rows
 from vlmpeft.eval.session import Evaluation, carry_out, prepare_folder
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Answerer", "ask", "parse_arguments", "prepare_folder", "read_rows", "resolve_images", "run", "table"]
 __all__ += ["write_json", "write_rows"]
-OPTIONS = ("suffix", "batch_size", "max_new_tokens", "ablate")  # of the command line, for `Evaluate`
+OPTIONS = ("suffix", "batch_size", "max_new_tokens", "ablate", "method")  # of the command line, for `Evaluate`
 
 
 class Answerer(Protocol):
@@ -57,6 +58,8 @@ def ask(
     contrast: tuple[str, str] | None = None,
     progress: bool = True,
     correct: Callable[[Row, str], float] | None = None,
+    method: str = "generate",
+    candidates: Sequence[str] = (),
 ) -> list[dict[str, Any]]:
     """Ask every question about its image, greedily; one whose `text_only` is true is asked without.
 
@@ -65,13 +68,15 @@ def ask(
         ablate: what to show instead of the image: none, blank, shuffle or noise; see `vlmpeft.eval.ablate`.
         contrast: two words; `margin` is then logit(first) - logit(second) at the first answer position.
         correct: scores (question, text), from 0 to 1, for the accuracy beside the progress bar.
+        method, candidates: see `method.candidates_of`.
 
     Returns:
-        one row a question, in order: setting (if the question has one), question_id, image, prompt, text, margin.
-        The text is stripped once and otherwise raw.
+        one row a question, in order: setting (if the question has one), question_id, image, prompt, text, margin and,
+        by likelihood, logliks. The text is stripped once and otherwise raw.
 
     Raises:
         DataError: D103 or D120 for an image, before the model is asked anything.
+        EvalError: V605 for a model that cannot answer by likelihood.
         NumericError: N301 if a margin is not finite.
     """
     from tqdm import tqdm
@@ -81,7 +86,8 @@ def ask(
     shown = iter(ablated(bundle, resolve_images(with_image(questions), images), ablate))
     pictures = [(next(shown),) if has_image(question) else () for question in questions]
     prompts = [q["text"] if q["text"].endswith(suffix) else q["text"] + suffix for q in questions]
-    requests = [Request(images=p, prompt=prompt) for p, prompt in zip(pictures, prompts, strict=True)]
+    chosen = candidates_of(method, candidates)
+    requests = [Request(images=p, prompt=prompt, **chosen) for p, prompt in zip(pictures, prompts, strict=True)]
     with tqdm(total=len(requests), unit="question", disable=not progress, mininterval=1.0) as bar:
         answers = bundle.answer(
             requests,
@@ -90,7 +96,10 @@ def ask(
             contrast=contrast,
             on_batch=_progress(bar, questions, correct),
         )
-    return [_row(q, prompt, answer) for q, prompt, answer in zip(questions, prompts, answers, strict=True)]
+    return [
+        {**_row(question, prompt, answer), **logliks_of(answer, candidates if chosen else (), question["question_id"])}
+        for question, prompt, answer in zip(questions, prompts, answers, strict=True)
+    ]
 
 
 def _progress(
@@ -154,11 +163,12 @@ def run(
     Returns: the metrics, with `compare` if the arguments name a folder of that name.
     """
     check_ablation(arguments["ablate"])
+    check_method(arguments.get("method", "generate"))
     resolve_images(with_image(questions), arguments["images"])
     other = arguments.get("compare")
     if other:
         texts_of(other, questions)
-    options: dict[str, Any] = {key: arguments[key] for key in OPTIONS}
+    options: dict[str, Any] = {key: arguments[key] for key in OPTIONS if key in arguments}
 
     def ask_model(bundle: Answerer, progress: bool) -> tuple[list[dict[str, Any]], dict[str, Any]]:
         quiet: dict[str, Any] = {} if progress else {"progress": False}
