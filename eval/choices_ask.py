@@ -14,7 +14,9 @@ from vlmpeft.errors import ConfigError, nearest
 from vlmpeft.eval.ablate import ablated
 from vlmpeft.eval.choices import Item, Judge, Summary, Verdict, judge_with, tally, verdicts_of
 from vlmpeft.eval.method import candidates_of, logliks_of
+from vlmpeft.eval.rows import Row
 from vlmpeft.eval.runner import Answerer
+from vlmpeft.eval.wrong_page import Wrong
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -146,3 +148,17 @@ def facts(item: Item) -> list[Any]:
     """What an item is, as JSON; of images that are files the name alone."""
     images = [i.name if isinstance(i, Path) else hashlib.sha256(i).hexdigest() for i in item.images]
     return [item.id, dict(item.options), item.answer, item.prompt, images]
+
+
+def wrong_of(items: Sequence[Item], answers: Sequence[Row]) -> list[Wrong]:
+    """The items that were answered wrong; none where the right answers are hidden."""
+    pairs = zip(items, answers, strict=True)
+    return [_wrong(item, answer) for item, answer in pairs if answer.get("correct") is False]
+
+
+def _wrong(item: Item, answer: Row) -> Wrong:
+    right = [item.answer] if isinstance(item.answer, str) else item.answer or ()
+    expected = ", ".join(f"{a}. {item.options[a]}" if a in item.options else str(a) for a in right)
+    parsed = "nothing, so by chance" if answer["by_chance"] else str(answer["parsed"] or "nothing")
+    kind = next(iter(item.groups.values()), "")
+    return Wrong(item.id, item.prompt, expected, answer["text"], parsed, item.images, kind)

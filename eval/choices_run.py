@@ -21,7 +21,7 @@ from vlmpeft.eval.choices import (
     score_items,
     tally,
 )
-from vlmpeft.eval.choices_ask import check_candidates, evaluate, facts
+from vlmpeft.eval.choices_ask import check_candidates, evaluate, facts, wrong_of
 from vlmpeft.eval.compare import compare_files, texts_of
 from vlmpeft.eval.identity import digest
 from vlmpeft.eval.method import check_method
@@ -30,7 +30,7 @@ from vlmpeft.eval.runner import Answerer, parse_arguments, table
 from vlmpeft.eval.session import Evaluation, carry_out
 
 ASKING = {"batch_size": 16, "ablate": "none", "max_new_tokens": 64, "device": "auto", "overwrite": False}
-ASKING |= {"method": "generate", "candidates": "letters"}
+ASKING |= {"method": "generate", "candidates": "letters", "wrong": 60}
 PATHS = ("images",)  # options of a benchmark that say where something is, and nothing of the result
 OPTIONAL = {"compare": None}
 
@@ -104,6 +104,7 @@ def _run_model(argv: Sequence[str], benchmark: ChoiceBenchmark) -> None:
         source={key: arguments[key] for key in ("model", *benchmark.required, *PATHS) if key in arguments},
         ask=ask_model,
         compare=(lambda answers: _compared(items, answers, arguments, judge)) if arguments["compare"] else None,
+        wrong=lambda answers: wrong_of(items, answers),
     )
     carry_out(evaluation, arguments, lambda metrics: print(summary_table(metrics)))
 

@@ -35,7 +35,7 @@ ABOUT = {"benchmark": "pope", "parser": "official"}  # POPE 08d957b evaluate.py,
 QUESTION_KEYS = ("question_id", "image", "text", "label")
 REQUIRED = ("model", "questions", "images", "out")
 DEFAULTS = {"suffix": SUFFIX, "batch_size": 16, "ablate": "none", "max_new_tokens": 16, "device": "auto"}
-DEFAULTS |= {"overwrite": False}
+DEFAULTS |= {"overwrite": False, "wrong": 60}
 OPTIONAL = {"compare": None}
 COLUMNS = ("n", "accuracy", "precision", "recall", "f1", "yes_ratio", "unparsable", "empty", "auc")
 

@@ -16,6 +16,7 @@ from vlmpeft.eval.method import candidates_of, check_method, logliks_of
 from vlmpeft.eval.paths import has_image, resolve_images, with_image
 from vlmpeft.eval.rows import Row, read_rows, write_json, write_rows
 from vlmpeft.eval.session import Evaluation, carry_out, prepare_folder
+from vlmpeft.eval.wrong_page import Wrong
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -156,10 +157,10 @@ def run(
     correct: Callable[[Row, str], float] | None = None,
     show: Callable[[Mapping[str, Any]], None] | None = None,
 ) -> dict[str, Any]:
-    """Evaluate the model of a command line and write out/answers.jsonl and out/metrics.json; see `session.carry_out`.
+    """Evaluate the model of a command line in its output folder; see `session.carry_out`.
 
     Images, output folder and the answers to compare with are checked before the model is loaded.
-    Args: correct: judges (question, text) where the arguments name another run in `compare`. show: told the metrics.
+    Args: correct: judges (question, text), for `compare` and the page of wrong answers. show: told the metrics.
     Returns: the metrics, with `compare` if the arguments name a folder of that name.
     """
     check_ablation(arguments["ablate"])
@@ -177,13 +178,29 @@ def run(
     def compare(answers: Sequence[Row]) -> dict[str, Any]:
         return {"compare": compare_files(questions, answers, other, correct)} if correct and other else {}
 
+    def wrong(answers: Sequence[Row]) -> list[Wrong]:
+        paths = iter(resolve_images(with_image(questions), arguments["images"]))
+        pictures = [(next(paths),) if has_image(question) else () for question in questions]
+        pairs = zip(questions, pictures, answers, strict=True)
+        return [_wrong(*pair) for pair in pairs if correct and correct(pair[0], pair[2]["text"]) < 1]
+
     return carry_out(
         Evaluation(
             settings={**about, **options, "questions_sha256": digest(questions)},
             source={key: arguments[key] for key in ("model", "questions", "images")},
             ask=ask_model,
             compare=compare if correct and other else None,
+            wrong=wrong if correct else None,
         ),
         arguments,
         show,
     )
+
+
+def _wrong(question: Row, pictures: tuple[Path, ...], answer: Row) -> Wrong:
+    """A card of the page of wrong answers; of several right answers each is named once."""
+    right = next((question[key] for key in ("label", "answers", "references") if key in question), "")
+    expected = ", ".join(dict.fromkeys(map(str, right))) if isinstance(right, list) else str(right)
+    parsed = None if "parsed" not in answer else str(answer["parsed"])
+    kind = str(question.get("setting", question.get("category", "")))
+    return Wrong(str(question["question_id"]), question["text"], expected, answer["text"], parsed, pictures, kind)

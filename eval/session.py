@@ -15,6 +15,7 @@ from vlmpeft.eval.asking import Remembering
 from vlmpeft.eval.identity import model_facts
 from vlmpeft.eval.rows import Row, read_rows, write_json, write_rows
 from vlmpeft.eval.team import Team, joined
+from vlmpeft.eval.wrong_page import FILE, SHOWN, Wrong, write_wrong
 
 if TYPE_CHECKING:
     from vlmpeft.eval.runner import Answerer
@@ -31,18 +32,20 @@ class Evaluation:
     source: where model, questions and images are; written beside the settings.
     ask: (model, whether to show progress) to answer rows and metrics.
     compare: answer rows to `{"compare": ...}`; None without another run to compare with.
+    wrong: answer rows to those that are wrong, for `wrong.html`; None where right and wrong cannot be told.
     """
 
     settings: Mapping[str, Any]
     source: Mapping[str, Any]
     ask: Callable[[Answerer, bool], tuple[Rows, dict[str, Any]]]
     compare: Callable[[Sequence[Row]], Mapping[str, Any]] | None = None
+    wrong: Callable[[Sequence[Row]], list[Wrong]] | None = None
 
 
 def carry_out(
     evaluation: Evaluation, arguments: Mapping[str, Any], show: Callable[[Mapping[str, Any]], None] | None = None
 ) -> dict[str, Any]:
-    """Ask the model of a command line what is not answered yet, and write answers.jsonl and metrics.json.
+    """Ask the model of a command line what is not answered yet, and write answers.jsonl, wrong.html, metrics.json.
 
     A finished folder with these settings is left as it is. Of several processes each asks its share; the first writes.
     Args: show: told the metrics when all is written, in the first process alone.
@@ -55,7 +58,7 @@ def carry_out(
         found = open_folder(folder, settings, bool(arguments.get("overwrite"))) if team.main else None
         team.wait()
         if part_file(folder, 0).is_file():
-            metrics = _ask(evaluation, arguments["model"], settings, folder, team)
+            metrics = _ask(evaluation, arguments, settings, folder, team)
         else:
             metrics = _finished(evaluation, found or {}, folder, team)
         if team.main and show is not None:
@@ -63,17 +66,22 @@ def carry_out(
     return metrics
 
 
-def _ask(evaluation: Evaluation, model: str, settings: Mapping[str, Any], folder: Path, team: Team) -> dict[str, Any]:
+def _ask(
+    evaluation: Evaluation, arguments: Mapping[str, Any], settings: Mapping[str, Any], folder: Path, team: Team
+) -> dict[str, Any]:
     """Ask and write; the parts go last, so that a kill at any moment leaves something to go on from."""
     import vlmpeft
 
-    bundle = vlmpeft.load(model, device=team.device)
+    bundle = vlmpeft.load(arguments["model"], device=team.device)
     answers, metrics = evaluation.ask(Remembering(bundle, AnswerLog(folder, team)), team.main)
     if team.main:
         if evaluation.compare is not None:
             metrics = {**metrics, **evaluation.compare(answers)}
+        whole = {**settings, **evaluation.source, **metrics}
         write_rows(folder / ANSWERS, answers)
-        write_json(folder / METRICS, {**settings, **evaluation.source, **metrics})
+        if evaluation.wrong is not None:
+            write_wrong(folder / FILE, evaluation.wrong(answers), whole, arguments.get("wrong", SHOWN))
+        write_json(folder / METRICS, whole)
     team.wait()  # until all have read the parts
     if team.main:
         close_folder(folder)

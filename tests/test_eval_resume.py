@@ -58,7 +58,7 @@ def straight(model: Path, data_dir: Path, tmp_path_factory: pytest.TempPathFacto
 
 
 def test_a_run_leaves_its_results_alone(straight: Path) -> None:
-    assert list(contents(straight)) == ["answers.jsonl", "metrics.json"]
+    assert list(contents(straight)) == ["answers.jsonl", "metrics.json", "wrong.html"]
     assert len({row["text"] for row in read_rows(straight / "answers.jsonl")}) > 1
 
 
@@ -192,7 +192,7 @@ def test_overwriting_moves_the_earlier_results_aside(
     assert pope_run(model, data_dir, out, "overwrite=true") == 0
     assert contents(out) == {**contents(straight), "notes.txt": b"mine"}
     (moved,) = tmp_path.glob("out.old-*")
-    assert contents(moved) == {name: blank[name] for name in ("answers.jsonl", "metrics.json")}
+    assert contents(moved) == {name: blank[name] for name in ("answers.jsonl", "metrics.json", "wrong.html")}
 
 
 def test_a_moved_model_and_other_ways_to_write_a_path_are_the_same_evaluation(

@@ -52,7 +52,7 @@ i.blank{background:repeating-linear-gradient(135deg,var(--blank) 0 3px,transpare
 .sample img,.sample .gone{width:100%;aspect-ratio:4/3;object-fit:contain;background:var(--grid);display:block}
 .sample .gone{display:grid;place-items:center;color:var(--muted);font-size:13px}
 .sample>div:last-child{padding:14px 16px 16px;display:flex;flex-direction:column;gap:10px;flex:1}
-.sample p{margin:0;font-weight:500;overflow-wrap:anywhere}
+.sample p{margin:0;font-weight:500;overflow-wrap:anywhere;white-space:pre-line}
 .sample .top{display:flex;justify-content:space-between;font-size:13px;color:var(--muted)}
 .sample .top b{font-weight:600}.right .top b{color:var(--up)}.wrong .top b{color:var(--down)}
 dl{display:grid;grid-template-columns:auto 1fr;gap:3px 16px;margin:0;font-size:14px}dt{color:var(--muted)}
