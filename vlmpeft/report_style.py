@@ -43,6 +43,8 @@ td.up{color:var(--up)}td.down{color:var(--down)}.divider th{color:var(--muted);f
 .bars i{display:block;height:5px;border-radius:0 3px 3px 0}.bars i+i{margin-top:1px}i.before{background:var(--before)}
 i.after{background:var(--c0)}
 i.blank{background:repeating-linear-gradient(135deg,var(--blank) 0 3px,transparent 3px 5px)}
+i.shuffle{background:repeating-linear-gradient(90deg,var(--blank) 0 3px,transparent 3px 5px)}
+i.noise{background:repeating-linear-gradient(45deg,var(--c4) 0 2px,transparent 2px 4px)}
 .key-line{display:flex;gap:8px 22px;flex-wrap:wrap;color:var(--muted);font-size:13px;margin:0}
 .key-line i{display:inline-block;width:22px;height:8px;border-radius:2px;margin-right:8px}
 .filter{display:flex;flex-wrap:wrap;gap:6px 18px;margin:0 0 14px}.filter label{cursor:pointer}
