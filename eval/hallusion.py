@@ -24,9 +24,9 @@ from typing import Any
 from vlmpeft.errors import ConfigError, EvalError, nearest, run_command
 from vlmpeft.eval.benchmark import Benchmark, Command, Pair, accuracy
 from vlmpeft.eval.method import YES_NO
+from vlmpeft.eval.pope_parse import parse_vlmevalkit
 from vlmpeft.eval.rows import Row, join, read_document, read_rows
 from vlmpeft.eval.runner import parse_arguments
-from vlmpeft.eval.vqa_text import strip_punctuation
 
 QUESTION_KEYS = ("category", "subcategory", "set_id", "figure_id", "question_id", "question", "gt_answer")
 PARSERS = ("contains", "vlmevalkit")
@@ -39,9 +39,7 @@ def parse_answer(text: str, parser: str = "contains") -> str:
     """yes, no or, by vlmevalkit alone, unknown."""
     if parser == "contains":
         return "yes" if "yes" in text.lower() else "no"
-    words = strip_punctuation(text.lower()).split()  # VLMEvalKit e8e78f05 YOrN_Extraction
-    said = [word for word in ("yes", "no") if word in words]
-    return said[0] if len(said) == 1 else "unknown"
+    return parse_vlmevalkit(text) or "unknown"
 
 
 def score(questions: Sequence[Row], answers: Sequence[Row], *, parser: str = "contains") -> dict[str, Any]:

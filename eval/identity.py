@@ -8,8 +8,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from vlmpeft.manifest import MANIFEST, SEAL
-
 ENDS = 1 << 20  # bytes read at either end of a file of weights that no manifest vouches for
 
 
@@ -21,6 +19,8 @@ def model_facts(model: str) -> dict[str, Any]:
         another folder a digest of its files, of large ones the size and both ends; of a name that is no folder, itself.
         template: of the prompts, as the manifest names it; None where the model brings its own.
     """
+    from vlmpeft.manifest import MANIFEST, SEAL
+
     folder = Path(model.removeprefix("hf:"))
     if not folder.is_dir():
         return {"model_fingerprint": model, "template": None}
