@@ -18,6 +18,7 @@ or no, not both; else wrong; questions with an image alone, groups without the c
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -31,6 +32,7 @@ from vlmpeft.eval.runner import parse_arguments
 QUESTION_KEYS = ("category", "subcategory", "set_id", "figure_id", "question_id", "question", "gt_answer")
 PARSERS = ("contains", "vlmevalkit")
 OPTIONS = {"parser": "contains"}
+YES_OR_NO = re.compile("yes|no", re.IGNORECASE)
 FIGURE = ("category", "subcategory", "set_id", "figure_id")
 QUESTION = ("category", "subcategory", "set_id", "number")
 
@@ -47,7 +49,8 @@ def score(questions: Sequence[Row], answers: Sequence[Row], *, parser: str = "co
 
     Returns:
         aAcc, qAcc, fAcc (shares of answers, questions in all their forms, and figures that are all right), their mean,
-        aAcc_ci95, n, questions, figures, easy and hard (qAcc of unedited and of edited figures).
+        aAcc_ci95, n, questions, figures, easy and hard (qAcc of unedited and of edited figures), unparsable (texts
+        without yes and no; by vlmevalkit also those with both), by_chance (always 0).
 
     Raises:
         EvalError: V601 for missing, extra or repeated ids.
@@ -77,7 +80,9 @@ def benchmark(options: Mapping[str, Any]) -> Benchmark:
     def total(pairs: Sequence[Pair]) -> dict[str, Any]:
         kept = [pair for pair in pairs if parser == "contains" or not pair[0]["text_only"]]
         right = [judge(question, text)["score"] == 1 for question, text in kept]
-        return _totals([question for question, _ in kept], right, official=parser == "contains")
+        unread = sum(parse_answer(text, parser) == "unknown" or not YES_OR_NO.search(text) for _, text in kept)
+        counts = {"unparsable": unread, "by_chance": 0}
+        return {**_totals([question for question, _ in kept], right, official=parser == "contains"), **counts}
 
     return Benchmark({"benchmark": "hallusion", "parser": parser}, judge, total, candidates=YES_NO)
 

@@ -78,6 +78,16 @@ def test_killed_at_any_change_to_the_disk_it_ends_in_the_same_bytes(
     assert contents(out) == contents(straight)
 
 
+@pytest.mark.parametrize("size", [1, 4])
+def test_the_batch_size_changes_no_answer(
+    size: int, straight: Path, model: Path, data_dir: Path, tmp_path: Path
+) -> None:
+    assert pope_run(model, data_dir, tmp_path / "out", f"batch_size={size}") == 0
+    ours, theirs = (read_rows(out / "answers.jsonl") for out in (tmp_path / "out", straight))
+    assert [(a["question_id"], a["text"]) for a in ours] == [(a["question_id"], a["text"]) for a in theirs]
+    assert [a["margin"] for a in ours] == pytest.approx([a["margin"] for a in theirs], abs=1e-4)
+
+
 def stop_after(count: int, patch: pytest.MonkeyPatch) -> list[int]:
     """From now on asking ends in KeyboardInterrupt after `count` batches. Returns: a list of the batches' sizes."""
     original, sizes = Bundle.answer, list[int]()
