@@ -24,12 +24,14 @@ LEVELS: dict[int, str] = {
     "hf_peft llava_original lmar_heat lmar_samples diagnose eval eval.paths eval.pope eval.rows eval.runner "
     "eval.short eval.ablate eval.benchmark eval.caption eval.cider eval.compare eval.gqa eval.hallusion "
     "eval.interval eval.mme eval.mmvet eval.summary eval.vqa eval.vqa_text eval.choices eval.choices_run "
-    "eval.mmmu eval.mmmu_data eval.mmmu_parse eval.scienceqa eval.mmbench eval.iconqa eval.choice",
+    "eval.mmmu eval.mmmu_data eval.mmmu_parse eval.scienceqa eval.mmbench eval.iconqa eval.choice figure "
+    "eval.pope_parse eval.pope_score eval.answer_log eval.arguments eval.asking eval.identity eval.method "
+    "eval.session eval.team eval.wrong_page eval.choices_ask",
     2: "adapter_files adapter_learn adapter_merge pool config sections yaml_file recipe data_config records data "
     "sample_store sample_text mixture record_encoder prepare stage features vlm quant quant_memory tune conflicts "
     "weights optim language tokens hf_chat prefix decode forward trackers align distributed sharding drift "
     "diagnose_config report report_attention report_data report_sections report_retention report_style charts "
-    "scene_questions steps",
+    "scene_questions steps loglik eval_config",
     1: "vision vision_timm vision_transformers vision_open_clip vision_weights encoder template images projectors "
     "projectors.linear projectors.mlp projectors.ldp projectors.pixel_shuffle projectors.resampler "
     "projectors.qformer projectors.identity tuners tuners.dora tuners.embedding_lora tuners.full tuners.krona "

@@ -12,10 +12,11 @@ import torch
 from PIL import Image
 from torch import nn
 
-from vlmpeft.decode import Answer, OnBatch, Request, answer
+from vlmpeft.decode import Answer, OnBatch, Request
 from vlmpeft.errors import EnvironmentFault, ModelError
 from vlmpeft.images import ImageReader, ImageTransform
 from vlmpeft.language import empty_language, fingerprint, load_language, load_tokenizer, width_of
+from vlmpeft.loglik import answer_each
 from vlmpeft.parts import Parts
 from vlmpeft.projectors import PROJECTORS
 from vlmpeft.projectors.base import fit_grid
@@ -73,8 +74,8 @@ class Bundle:
         contrast: tuple[str, str] | None = None,
         on_batch: OnBatch | None = None,
     ) -> list[Answer]:
-        """See `decode.answer`."""
-        return answer(
+        """See `loglik.answer_each`."""
+        return answer_each(
             self.model, self.turn_encoder(), self.image_transform, requests,
             max_new_tokens=max_new_tokens, batch_size=batch_size, contrast=contrast, on_batch=on_batch,
         )  # fmt: skip

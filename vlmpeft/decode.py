@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,18 +24,28 @@ from vlmpeft.vlm import VLM
 
 @dataclass(frozen=True)
 class Request:
-    """A question about images. A prompt without `<image>` marks gets one in front for each image."""
+    """A question about images. A prompt without `<image>` marks gets one in front for each image.
+
+    candidates: answers to choose the likeliest of, instead of generating one; see `loglik.likeliest`.
+    per_character: divide each log-likelihood by its candidate's length first.
+    """
 
     images: tuple[Path | Image.Image, ...]
     prompt: str
+    candidates: tuple[str, ...] = ()
+    per_character: bool = False
 
 
 @dataclass(frozen=True)
 class Answer:
-    """text: stripped. margin: logit of the first contrast word minus the second's, at the first answer position."""
+    """text: stripped. margin: logit of the first contrast word minus the second's, at the first answer position.
+
+    logliks: log-likelihood of each of the request's candidates, if it has some.
+    """
 
     text: str
     margin: float | None = None
+    logliks: tuple[float, ...] | None = None
 
 
 OnBatch = Callable[[list[tuple[int, Answer]]], None]
@@ -75,7 +85,7 @@ def answer(
     read = ImageReader(transform)
     asked = [
         _Asked(r, encoder.encode([exchange_of(r)], views=[read.num_views(i) for i in r.images]), adapter)
-        for r, adapter in zip(requests, _adapters(len(requests)), strict=True)
+        for r, adapter in zip(requests, adapters_of(len(requests)), strict=True)
     ]
     words = None if contrast is None else tuple(_first_token(encoder, word) for word in contrast)
     stops = stop_tokens(encoder)
@@ -94,7 +104,7 @@ def answer(
     return [answers[i] for i in range(len(requests))]
 
 
-def _adapters(requests: int) -> list[int | None]:
+def adapters_of(requests: int) -> list[int | None]:
     """The adapter of every request, if `rows_with` gives them. Raises: ModelError M592 for another number of them."""
     adapter = adapter_of_rows()
     if adapter is None:
@@ -110,23 +120,32 @@ class _Asked:
 
     def __init__(self, request: Request, encoding: Encoding, adapter: int | None) -> None:
         self.request, self.encoding = request, encoding
-        images = tuple(str(image) if isinstance(image, str | Path) else id(image) for image in request.images)
         self.shared = shared_length(encoding)
-        self.key = (images, tuple(encoding.input_ids[: self.shared]), adapter)
+        self.key = (images_key(request), tuple(encoding.input_ids[: self.shared]), adapter)
 
     @property
     def length(self) -> int:
         return len(self.encoding.input_ids)
 
 
+def images_key(request: Request) -> tuple[str | int, ...]:
+    """Equal for requests about the same images, in this order: files by name, pictures by identity."""
+    return tuple(id(image) if isinstance(image, Image.Image) else str(image) for image in request.images)
+
+
 def _batches(asked: Sequence[_Asked], batch_size: int) -> list[list[int]]:
-    """Indices in batches: groups of one key by their longest prompt, then the longest prompts first."""
-    longest: dict[Any, int] = {}
-    for item in asked:
-        longest[item.key] = max(longest.get(item.key, 0), item.length)
-    rank = {key: i for i, key in enumerate(longest)}
-    order = sorted(range(len(asked)), key=lambda i: (-longest[asked[i].key], rank[asked[i].key], -asked[i].length))
+    """Indices in batches, questions about the same images together."""
+    order = together([item.key for item in asked], [item.length for item in asked])
     return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+
+
+def together(keys: Sequence[Hashable], lengths: Sequence[int]) -> list[int]:
+    """Indices in the order of batches: groups of one key by their longest member, then the longest first."""
+    longest: dict[Hashable, int] = {}
+    for key, length in zip(keys, lengths, strict=True):
+        longest[key] = max(longest.get(key, 0), length)
+    rank = {key: i for i, key in enumerate(longest)}
+    return sorted(range(len(keys)), key=lambda i: (-longest[keys[i]], rank[keys[i]], -lengths[i]))
 
 
 def stop_tokens(encoder: TurnEncoder) -> list[int]:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs
+from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from vlmpeft.errors import EnvironmentFault, VlmpeftError
@@ -38,6 +38,13 @@ def make_accelerator(device: torch.device, dtype: torch.dtype, timeout_s: int, *
 def total(accelerator: Accelerator, value: int | torch.Tensor) -> float:
     """The sum of a number over all processes."""
     return float(accelerator.reduce(torch.as_tensor(value, device=accelerator.device)).item())
+
+
+def of_main(accelerator: Accelerator, find: Callable[[], float | None]) -> float | None:
+    """What the main process finds, known to all."""
+    found = [find() if accelerator.is_main_process else None]
+    broadcast_object_list(found)
+    return found[0]
 
 
 def any_process(accelerator: Accelerator, flag: bool) -> bool:
