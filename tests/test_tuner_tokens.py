@@ -15,6 +15,8 @@ from tuner_table import TABLE, VIRTUAL, tuned_model
 from vlmpeft import tune
 from vlmpeft.batch import IMAGE_TOKEN_ID
 from vlmpeft.errors import ConfigError
+from vlmpeft.pool import AdapterPool
+from vlmpeft.tuners import Full, LoRA
 from vlmpeft.tuners.attachment import Attachment
 
 GATED = {  # a tuner of every kind with `where`, by kind
@@ -97,3 +99,26 @@ def test_generation_with_a_cache_is_that_without(name: str, language_dir: Path) 
     prompt = {key: value for key, value in given.items() if key != "labels"}
     cached = model.generate(**prompt, **FIXED)
     assert model.generate(**prompt, **FIXED, use_cache=False).equal(cached)
+
+
+@pytest.mark.parametrize("method", sorted(set(GATED) - {"bottleneck"}))  # which is no adapter on a linear layer
+@torch.no_grad()
+def test_rows_of_a_batch_may_each_have_an_adapter_of_another_kind(method: str, language_dir: Path) -> None:
+    model, given = make("ours", language_dir)
+    given["input_ids"][1, :5] = given["input_ids"][0, :5]
+    given["pixel_values"] = torch.cat([given["pixel_values"], -given["pixel_values"]])
+    pool = AdapterPool(tune(model, [Full("projector")]))
+    for seed, (name, tuner) in enumerate({"one": GATED[method], "other": LoRA(3, targets="minimal")}.items()):
+        pool.add(name, tuner)
+        randomise(pool.parameters(name), seed)
+    given = {key: value for key, value in given.items() if key != "labels"}
+    for names in (["one", "other"], ["other", "one"], [None, "one"]):
+        with pool.rows(names):
+            mixed = logits(model, given)
+        for row, name in enumerate(names):
+            pool.activate(name)
+            alone = logits(model, {key: value[row : row + 1] for key, value in given.items()})
+            torch.testing.assert_close(mixed[row], alone[0], rtol=1e-5, atol=1e-5)
+            pool.activate(None)
+            base = logits(model, {key: value[row : row + 1] for key, value in given.items()})
+            assert torch.allclose(alone, base, atol=1e-4) == (name is None)
