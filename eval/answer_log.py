@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -79,7 +80,7 @@ def close_folder(folder: Path) -> None:
 def _move_away(folder: Path) -> None:
     found = [folder / name for name in RESULTS if (folder / name).is_file()] + sorted(folder.glob(PARTS), reverse=True)
     if found:
-        moved = folder.with_name(f"{folder.name}.old-{time.strftime('%Y%m%d-%H%M%S')}")
+        moved = folder.with_name(f"{folder.name}.old-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}")
         moved.mkdir(exist_ok=True)
         for path in found:
             fs.replace(path, moved / path.name)

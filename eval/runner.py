@@ -41,7 +41,10 @@ class Answerer(Protocol):
         contrast: tuple[str, str] | None = None,
         on_batch: Callable[[Sequence[tuple[int, Answer]]], None] | None = None,
     ) -> list[Answer]:
-        """Greedy answers in the order of the requests; `on_batch` gets (index, answer) after each finished batch."""
+        """Greedy answers in the order of the requests; `on_batch` gets (index, answer) after each finished batch.
+
+        A request with candidates is answered by the likeliest, with `logliks`; a model that cannot leaves them None.
+        """
 
     def blank_image(self, image: Path | Image.Image) -> Image.Image:
         """A picture of the same size in the encoder's mean colour."""

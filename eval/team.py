@@ -41,7 +41,7 @@ def joined(device: str) -> Iterator[Team]:
     from vlmpeft.distributed import failing_together, make_accelerator
 
     accelerator = make_accelerator(choose_device(device), torch.float32, TIMEOUT_S)
-    with failing_together(accelerator):
+    with failing_together(accelerator, "the answers so far are kept"):
         place, wait = str(accelerator.device), accelerator.wait_for_everyone
         yield Team(accelerator.process_index, accelerator.num_processes, place, wait)
         accelerator.end_training()  # not after an error, which the others still have to hear of

@@ -155,3 +155,4 @@ def test_an_error_in_one_ends_both_and_names_it(model: Path, data_dir: Path, tmp
     assert together(model, data_dir, tmp_path / "out", before=fail) == [6, 3]
     assert "E430" in (text := (tmp_path / "out-0.txt").read_text())
     assert "process 1: [D104] the picture is broken." in text
+    assert "the answers so far are kept." in text

@@ -53,10 +53,11 @@ def any_process(accelerator: Accelerator, flag: bool) -> bool:
 
 
 @contextlib.contextmanager
-def failing_together(accelerator: Accelerator) -> Iterator[None]:
+def failing_together(accelerator: Accelerator, left: str = "the last checkpoint is good") -> Iterator[None]:
     """Where one process of several fails, the others fail too, and all name the first error.
 
     A process that waits for one that is gone gets a broken connection and is not to blame.
+    Args: left: what there is to go on from.
     Raises: EnvironmentFault E430 in a process that was not the first to fail.
     """
     try:
@@ -73,7 +74,7 @@ def failing_together(accelerator: Accelerator) -> Iterator[None]:
             raise
         why = first or f"it was killed, or did not answer within run.timeout_s ({_line(error)})."
         message = f"{here} ended because another failed first: {why}"
-        raise EnvironmentFault("E430", message, "mend that error; the last checkpoint is good.") from error
+        raise EnvironmentFault("E430", message, f"mend that error; {left}.") from error
 
 
 def _lost_contact(error: BaseException) -> bool:
