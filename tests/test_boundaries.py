@@ -19,15 +19,17 @@ FOLDERS = {
     "vlmpeft.recipes": "recipes",
 }
 LEVELS: dict[int, str] = {
-    4: "adapters __main__ train generate inspect lmar scenes export merge",
+    4: "adapters __main__ train generate inspect lmar scenes export merge compare",
     3: "adapter_soup build checkpoint conversion resume preflight workspace loop run evaluation retention hf_llava "
     "hf_peft llava_original lmar_heat lmar_samples diagnose eval eval.paths eval.pope eval.rows eval.runner "
     "eval.short eval.ablate eval.benchmark eval.caption eval.cider eval.compare eval.gqa eval.hallusion "
     "eval.interval eval.mme eval.mmvet eval.summary eval.vqa eval.vqa_text eval.choices eval.choices_run "
-    "eval.mmmu eval.mmmu_data eval.mmmu_parse eval.scienceqa eval.mmbench eval.iconqa eval.choice",
+    "eval.mmmu eval.mmmu_data eval.mmmu_parse eval.scienceqa eval.mmbench eval.iconqa eval.choice "
+    "margins compare_run compare_loop compare_report",
     2: "adapter_files adapter_learn adapter_merge pool config sections yaml_file recipe data_config records data "
     "sample_store sample_text mixture prepare stage features vlm quant quant_memory tune conflicts weights optim "
     "language tokens hf_chat prefix decode forward trackers align distributed sharding drift diagnose_config "
+    "compare_config compare_plan compare_picture compare_stats compare_table "
     "report report_attention report_data report_sections report_retention report_style charts scene_questions",
     1: "vision vision_timm vision_transformers vision_open_clip vision_weights encoder template images projectors "
     "projectors.linear projectors.mlp projectors.ldp projectors.pixel_shuffle projectors.resampler "
@@ -39,7 +41,7 @@ LEVELS: dict[int, str] = {
     0: "batch parts quant_weight routing routed registry errors fs anyres loss schema sources safe_paths layouts "
     "layout_names layout_tokenizer llava_layout manifest sampling stopping json_stream normalise readers "
     "projectors.base projectors.layers tuners.attachment tuners.base tuners.linear tuners.targets tuners.sites "
-    "tuners.substitute tuners.lora_init tuners.peft_folder tuners.virtual tuners.deep_prefix",
+    "peak_memory tuners.substitute tuners.lora_init tuners.peft_folder tuners.virtual tuners.deep_prefix",
 }
 LEVEL = {name: level for level, names in LEVELS.items() for name in names.split()}
 GROUPS = {  # modules of level 1 that may import each other besides their own level-0 base
@@ -74,7 +76,7 @@ WHERE = {  # an outside library and the modules that may import it; True if insi
     "pyarrow": ({"readers", "sample_store", "eval.mmmu_data"}, True),
     "sacrebleu": ({"eval.caption"}, True),
     "rouge_score": ({"eval.caption"}, True),
-    "matplotlib": ({"steering.pictures"}, True),
+    "matplotlib": ({"steering.pictures", "compare_picture"}, True),
     **dict.fromkeys(("pickle", "cPickle", "marshal", "shelve", "dill", "cloudpickle", "joblib"), (set(), True)),
 }
 
