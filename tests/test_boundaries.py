@@ -30,7 +30,8 @@ LEVELS: dict[int, str] = {
     "sample_store sample_text mixture prepare stage features vlm quant quant_memory tune conflicts weights optim "
     "language tokens hf_chat prefix decode forward trackers align distributed sharding drift diagnose_config "
     "compare_config compare_plan compare_picture compare_stats compare_table "
-    "report report_attention report_data report_sections report_retention report_style charts scene_questions",
+    "report report_attention report_data report_sections report_retention report_style charts scene_questions "
+    "scene_files",
     1: "vision vision_timm vision_transformers vision_open_clip vision_weights encoder template images projectors "
     "projectors.linear projectors.mlp projectors.ldp projectors.pixel_shuffle projectors.resampler "
     "projectors.qformer projectors.identity tuners tuners.dora tuners.embedding_lora tuners.full tuners.krona "

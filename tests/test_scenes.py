@@ -260,3 +260,15 @@ def test_an_unwritable_folder_is_one_line(tmp_path: Path, capsys: pytest.Capture
     (tmp_path / "file").write_text("")
     assert run_command(scenes.main, [f"out={tmp_path / 'file'}", "train=0", "test=0", "pretrain=0"]) == 5
     assert "K130" in capsys.readouterr().err
+
+
+def test_existence_turns_are_the_tests_questions_about_training_scenes(folder: Path) -> None:
+    rows = json.loads((folder / "existence.json").read_text())
+    drawn = {f"train_{i:04d}.png": scene.description for i, scene in enumerate(scenes.sample("train", 3, 24))}
+    assert [row["image"] for row in rows] == list(drawn)
+    asked = pairs(rows)
+    assert len(asked) == 6 * 24
+    assert all(answer == truth(question, drawn[image]) for image, question, answer in asked)
+    assert Counter(answer for _, _, answer in asked) == {"Yes": 72, "No": 72}
+    firsts = Counter(row["conversations"][1]["value"] for row in rows)
+    assert min(firsts["Yes"], firsts["No"]) > 4  # the order gives nothing away

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +32,7 @@ Keys of the section `compare`:
   compare.dir=runs/compare        compare.seeds=[0,1,2]            compare.reference=ARM
   compare.only=[ARM,...]          compare.hours=null               compare.lmar=false
   compare.sweep.seed=0            compare.sweep.steps=null         compare.sweep.images=50
-  compare.batch_size=8            compare.arms.NAME=null leaves an arm out
+  compare.batch_size=8            compare.start=null               compare.arms.NAME=null leaves an arm out
   compare.arms.NAME.tuners.TUNER.key=value  compare.arms.NAME.lr=[...]  compare.sets.NAME.questions=FILE
 """
 
@@ -49,7 +50,7 @@ def main(argv: Sequence[str]) -> int:
         known = ", ".join(recipe_names(comparisons=True))
         raise ConfigError("C106", "recipe is not set.", f"write recipe=NAME, one of: {known}, or a YAML file.")
     section, shared = load_comparison(names[-1], [a for a in argv if not a.startswith("recipe=")])
-    comparison = read_comparison(section)
+    comparison = _without_missing(read_comparison(section))
     questions = {name: _questions(comparison, shared, name) for name in comparison.sets}
     from vlmpeft.compare_loop import Results
     from vlmpeft.compare_plan import Plan
@@ -59,6 +60,14 @@ def main(argv: Sequence[str]) -> int:
     results = Results(Plan(comparison, shared, questions), directory)
     with locked(directory):
         return _run(results, directory, str(shared.get("title") or names[-1]))
+
+
+def _without_missing(comparison: Comparison) -> Comparison:
+    """A comparison without the optional sets whose questions are not there."""
+    missing = [k for k, chosen in comparison.sets.items() if chosen.optional and not Path(chosen.questions).is_file()]
+    for name in missing:
+        print(f"{name}: left out, there is no {comparison.sets[name].questions}")
+    return replace(comparison, sets={k: chosen for k, chosen in comparison.sets.items() if k not in missing})
 
 
 def _questions(comparison: Comparison, shared: Mapping[str, Any], name: str) -> list[dict[str, Any]]:

@@ -31,7 +31,8 @@ class QuestionSet:
 
     images: their folder; null is data.images. only: the arms asked, none for all. seeds: null is the comparison's.
     split: n shares of the images, of which models of seed s are asked about number s mod n: with as many as there are
-    seeds, all seeds together are asked every question once. suffix: appended to each question.
+    seeds, all seeds together are asked every question once. suffix: appended to each question. optional: left out
+    where its file of questions is not there.
     """
 
     questions: str
@@ -41,6 +42,7 @@ class QuestionSet:
     seeds: tuple[int, ...] | None = None
     split: int = 1
     suffix: str = ""
+    optional: bool = False
 
     def __post_init__(self) -> None:
         check(self.split >= 1, "split", self.split, "at least 1")
@@ -68,13 +70,15 @@ class Comparison:
 
     reference: the arm the others are held against. only: arms to run, none for all; the table shows all there are.
     hours: no run starts that would not be over by then. lmar: also read LMAR and the visual mass of every block.
-    batch_size: images in a forward of the questions.
+    batch_size: images in a forward of the questions. start: where the stages before are kept, null is dir/start; two
+    comparisons that begin alike can share it.
     """
 
     arms: Mapping[str, Arm]
     sets: Mapping[str, QuestionSet]
     reference: str
     dir: str = "runs/compare"
+    start: str | None = None
     seeds: tuple[int, ...] = (0, 1, 2)
     sweep: Sweep = field(default_factory=Sweep)
     only: tuple[str, ...] = ()

@@ -74,7 +74,8 @@ class Plan:
         *before, _ = whole.stages
         if not before:
             return None
-        directory = Path(self.comparison.dir) / "start" / f"{task.set}-seed{task.seed}"
+        folder = self.comparison.start or f"{self.comparison.dir}/start"
+        directory = Path(folder) / f"{task.set}-seed{task.seed}"
         quiet = _quiet(dataclasses.replace(whole, stages={name: whole.stages[name] for name in before}), task.seed)
         title = f"start of {task.set}, seed {task.seed}"
         return dataclasses.replace(quiet, title=title, run=dataclasses.replace(quiet.run, dir=str(directory)))
@@ -108,7 +109,8 @@ class Plan:
         chosen, rows = self.comparison.sets[task.set], self.rows[task.set]
         if task.sweep:
             return self.probed(task.set)
-        first = {row["image"] for row in self.probed(task.set)} if task.set == self.first and self.sweeps else set()
+        reserved = self.sweeps and chosen.questions == self.comparison.sets[self.first].questions
+        first = {row["image"] for row in self.probed(task.set)} if reserved else set()
         images = list(dict.fromkeys(row["image"] for row in rows if row["image"] not in first))
         own = set(images[task.seed % chosen.split :: chosen.split])
         return [row for row in rows if row["image"] in own]
