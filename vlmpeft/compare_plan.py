@@ -74,9 +74,9 @@ class Plan:
         *before, _ = whole.stages
         if not before:
             return None
-        folder = self.comparison.start or f"{self.comparison.dir}/start"
-        directory = Path(folder) / f"{task.set}-seed{task.seed}"
         quiet = _quiet(dataclasses.replace(whole, stages={name: whole.stages[name] for name in before}), task.seed)
+        folder = Path(self.comparison.start or f"{self.comparison.dir}/start")
+        directory = folder / f"{task.set}-seed{task.seed}-{self._digest(quiet)}"
         title = f"start of {task.set}, seed {task.seed}"
         return dataclasses.replace(quiet, title=title, run=dataclasses.replace(quiet.run, dir=str(directory)))
 
@@ -157,18 +157,18 @@ class Plan:
     def digest(self, task: Task) -> str:
         """Of all that decides a result: a run is made again when one of these changes, and only then."""
         if task not in self._digests:
-            self._digests[task] = self._digest(task)
+            chosen, start = self.comparison.sets[task.set], self.start(task)
+            asked = json.dumps([self.asked(task), self.probed(task.set) if self.comparison.lmar else None])
+            begun = self.init(task) if start is None else Path(start.run.dir).name
+            about = (self.comparison.arms[task.arm].train, chosen.suffix, asked, begun)
+            self._digests[task] = self._digest(self.recipe(task), about)
         return self._digests[task]
 
-    def _digest(self, task: Task) -> str:
-        recipe, start = self.recipe(task), self.start(task)
-        parts = [to_yaml(r) if r else None for r in (recipe, start and _quiet(start, task.seed))]
-        files = {file.path for r in (recipe, start) if r for s in r.stages.values() for file in r.data.files(s.source)}
-        chosen = self.comparison.sets[task.set]
-        asked = json.dumps([self.asked(task), self.probed(task.set) if self.comparison.lmar else None])
-        about = (self.comparison.arms[task.arm].train, chosen.suffix, asked, self.init(task))
-        digest = hashlib.sha256(repr((parts, [self._content(f) for f in sorted(files)], about)).encode())
-        return digest.hexdigest()[:10]
+    def _digest(self, recipe: Recipe, about: object = None) -> str:
+        """Of what a recipe trains, on which data."""
+        files = sorted({file.path for stage in recipe.stages.values() for file in recipe.data.files(stage.source)})
+        parts = (to_yaml(recipe), [self._content(file) for file in files], about)
+        return hashlib.sha256(repr(parts).encode()).hexdigest()[:10]
 
     def _content(self, path: str) -> str:
         if path not in self._contents:
