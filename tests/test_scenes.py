@@ -70,7 +70,7 @@ def truth(question: str, description: str) -> str:
 def test_same_seed_gives_the_same_bytes(folder: Path, tmp_path: Path) -> None:
     assert run_command(scenes.main, [f"out={tmp_path}", *ARGUMENTS]) == 0
     files = [p.relative_to(folder) for p in folder.rglob("*") if p.is_file()]
-    assert len(files) == 24 + 8 + 8 + 4
+    assert len(files) == 24 + 8 + 8 + 5
     assert all((folder / f).read_bytes() == (tmp_path / f).read_bytes() for f in files)
     assert scenes.sample("train", 3, 24) != scenes.sample("train", 4, 24)
 

@@ -109,7 +109,7 @@ def run_all(plan: Plan, results: Results, work: Work, say: Callable[[str], None]
                 if not asked.sweep:
                     task = results.final(asked)
                 if task is not None and results.get(task) is not None:
-                    bar.total -= cost
+                    left_out(bar, cost)
                 elif task is None or not clock.allows(cost):
                     left += 1
                 else:
@@ -119,9 +119,15 @@ def run_all(plan: Plan, results: Results, work: Work, say: Callable[[str], None]
                     bar.update(cost)
             except Exception as error:
                 results.errors[asked.file] = error
-                bar.total -= cost
+                left_out(bar, cost)
                 say(f"{asked.name} failed: {line_of(error)}")
     return left
+
+
+def left_out(bar: tqdm[Any], cost: int) -> None:
+    """Take a run that will not be made off what is left."""
+    bar.total = (bar.total or 0) - cost
+    bar.refresh()
 
 
 def schedule(plan: Plan) -> Iterator[Task]:

@@ -12,9 +12,10 @@ from typing import Any
 
 from vlmpeft import fs
 from vlmpeft.compare_config import Comparison
-from vlmpeft.config import Plain, recipe_of, to_yaml
+from vlmpeft.config import recipe_of, to_yaml
 from vlmpeft.errors import ConfigError
 from vlmpeft.recipe import DiagnoseConfig, EvalConfig, Recipe, RetentionConfig, RunConfig
+from vlmpeft.sections import Plain
 
 SAMPLE = 20  # how many questions a training sample costs, for the time that is left
 Row = Mapping[str, Any]

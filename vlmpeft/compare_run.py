@@ -46,7 +46,8 @@ class Base:
 
     def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
         self.device, self.dtype = device, dtype
-        self._key, self._bundle = "", None
+        self._key = ""
+        self._bundle: Bundle | None = None
 
     def fresh(self, recipe: Recipe) -> Bundle:
         """What `assemble` gives for a recipe."""
