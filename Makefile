@@ -7,7 +7,7 @@ PY := $(VENV)/bin/python
 # glibc gives large blocks back to the system after every use; keeping them makes training on a CPU faster.
 CPU_ENV := MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=2147483647 MALLOC_TOP_PAD_=268435456
 
-.PHONY: quickstart test lint install install-dev clean
+.PHONY: quickstart compare test lint install install-dev clean
 
 quickstart: install $(SCENES)/pope_test.jsonl
 	$(CPU_ENV) $(PY) -m vlmpeft.train recipe=quickstart_scenes run.dir=$(RUN) \
@@ -16,6 +16,13 @@ quickstart: install $(SCENES)/pope_test.jsonl
 
 $(SCENES)/pope_test.jsonl: | install
 	$(PY) -m vlmpeft.scenes out=$(SCENES) pretrain=1200 train=560 test=30
+
+# Every tuner on one budget; hours, and the same command goes on after an interruption.
+compare: install runs/compare_scenes/pope_test.jsonl
+	$(CPU_ENV) $(PY) -m vlmpeft.compare recipe=compare_tuners
+
+runs/compare_scenes/pope_test.jsonl: | install
+	$(PY) -m vlmpeft.scenes out=runs/compare_scenes pretrain=1200 train=560 test=384
 
 # One test process for each processor, at most four (each holds torch and its parts: about 1 GB), one thread each.
 test: install-dev

@@ -30,13 +30,13 @@ class Line:
     mass: Sequence[float]
 
 
-def layers_figure(lines: Sequence[Line]) -> bytes:
+def layers_figure(lines: Sequence[Line], title: str = "LMAR, mean and 95 % interval") -> bytes:
     """PNG of LMAR (log axis, a line at 1) and of the attention's share on the image, per layer, models overlaid."""
     from matplotlib import rc_context
     from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
     with rc_context(STYLE):
-        figure = _figure(7.2, 3.1)
+        figure = figure_of(7.2, 3.1)
         ratio, mass = figure.subplots(1, 2)
         ratio.axhline(1, color="#444444", linewidth=1, linestyle=(0, (4, 3)), zorder=1)
         ratio.annotate(
@@ -50,7 +50,7 @@ def layers_figure(lines: Sequence[Line]) -> bytes:
             ratio.plot(layers, line.ratio, label=line.name, **look)
             ratio.fill_between(layers, line.low, line.high, color=colour, alpha=0.18, linewidth=0)
             mass.plot(layers, [100 * m for m in line.mass], label=line.name, **look)
-        ratio.set(yscale="log", title="LMAR, mean and 95 % interval", ylabel="image / text attention per token")
+        ratio.set(yscale="log", title=title, ylabel="image / text attention per token")
         ratio.set_ylim(*_log_limits(lines))
         ratio.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         ratio.yaxis.set_minor_formatter(NullFormatter())
@@ -63,7 +63,7 @@ def layers_figure(lines: Sequence[Line]) -> bytes:
             axes.set_axisbelow(True)
         if len(lines) > 1:
             figure.legend(*ratio.get_legend_handles_labels(), loc="outside upper center", ncols=min(4, len(lines)))
-        return _png(figure)
+        return png_of(figure)
 
 
 def _log_limits(lines: Sequence[Line]) -> tuple[float, float]:
@@ -93,7 +93,7 @@ def heat_figure(photo: Image.Image, heats: Sequence[Heat], caption: str) -> byte
     with rc_context(STYLE):
         panels = len(heats) + 1
         height = 2.3 * min(1.6, photo.height / photo.width)
-        figure = _figure(2.35 * panels + 0.5, height + 0.75)
+        figure = figure_of(2.35 * panels + 0.5, height + 0.75)
         first, *others = figure.subplots(1, panels, squeeze=False)[0]
         most = max(100 * float(np.percentile(np.stack([heat.weights for heat in heats]), 98)), 1e-6)
         first.imshow(photo)
@@ -111,7 +111,7 @@ def heat_figure(photo: Image.Image, heats: Sequence[Heat], caption: str) -> byte
         bar.solids.set_alpha(1)
         bar.outline.set_visible(False)
         figure.supxlabel(caption, fontsize=8)
-        return _png(figure)
+        return png_of(figure)
 
 
 def _upsampled(heat: Heat, size: tuple[int, int]) -> Any:
@@ -127,14 +127,14 @@ def _upsampled(heat: Heat, size: tuple[int, int]) -> Any:
     return canvas
 
 
-def _figure(width: float, height: float) -> Any:
+def figure_of(width: float, height: float) -> Any:
     """An empty figure that no window system and no global state knows of."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def _png(figure: Any) -> bytes:
+def png_of(figure: Any) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", metadata={"Software": None})  # the same figures give the same bytes
     return buffer.getvalue()

@@ -70,7 +70,7 @@ def truth(question: str, description: str) -> str:
 def test_same_seed_gives_the_same_bytes(folder: Path, tmp_path: Path) -> None:
     assert run_command(scenes.main, [f"out={tmp_path}", *ARGUMENTS]) == 0
     files = [p.relative_to(folder) for p in folder.rglob("*") if p.is_file()]
-    assert len(files) == 24 + 8 + 8 + 4
+    assert len(files) == 24 + 8 + 8 + 5
     assert all((folder / f).read_bytes() == (tmp_path / f).read_bytes() for f in files)
     assert scenes.sample("train", 3, 24) != scenes.sample("train", 4, 24)
 
@@ -260,3 +260,15 @@ def test_an_unwritable_folder_is_one_line(tmp_path: Path, capsys: pytest.Capture
     (tmp_path / "file").write_text("")
     assert run_command(scenes.main, [f"out={tmp_path / 'file'}", "train=0", "test=0", "pretrain=0"]) == 5
     assert "K130" in capsys.readouterr().err
+
+
+def test_existence_turns_are_the_tests_questions_about_training_scenes(folder: Path) -> None:
+    rows = json.loads((folder / "existence.json").read_text())
+    drawn = {f"train_{i:04d}.png": scene.description for i, scene in enumerate(scenes.sample("train", 3, 24))}
+    assert [row["image"] for row in rows] == list(drawn)
+    asked = pairs(rows)
+    assert len(asked) == 6 * 24
+    assert all(answer == truth(question, drawn[image]) for image, question, answer in asked)
+    assert Counter(answer for _, _, answer in asked) == {"Yes": 72, "No": 72}
+    firsts = Counter(row["conversations"][1]["value"] for row in rows)
+    assert min(firsts["Yes"], firsts["No"]) > 4  # the order gives nothing away

@@ -14,6 +14,7 @@ COMMANDS = {
     "merge": "fold the adapters of a model into its weights",
     "adapters": "merge adapters, or average runs",
     "export": "write a model for transformers, peft or LLaVA",
+    "compare": "compare ways to tune, over several seeds",
     "inspect": "show samples with the tokens that are trained, and count them",
     "lmar": "measure how much attention the image gets, layer by layer",
     "scenes": "draw the quickstart's data set",

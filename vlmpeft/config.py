@@ -21,13 +21,15 @@ from vlmpeft.tuners import TUNERS
 from vlmpeft.yaml_file import read_yaml_text
 
 OF_ENCODER = ("weights", "weights_by", "image_size", "mean", "std", "compat")  # what is true of one encoder only
+COMPARE = "compare"  # the section that makes a comparison of a recipe
 ALIASES = {"vision": "vision.name", "language": "language.name", "projector": "projector.name"}
 
 
-def recipe_names() -> list[str]:
-    """The recipes that come with the package."""
-    files = (f.name for f in resources.files("vlmpeft.recipes").iterdir())
-    return sorted(name.removesuffix(".yaml") for name in files if name.endswith(".yaml"))
+def recipe_names(comparisons: bool = False) -> list[str]:
+    """The recipes that come with the package. Args: comparisons: those with a section `compare` instead."""
+    files = [f for f in resources.files("vlmpeft.recipes").iterdir() if f.name.endswith(".yaml")]
+    chosen = (f.name for f in files if (f"\n{COMPARE}:" in f.read_text(encoding="utf-8")) is comparisons)
+    return sorted(name.removesuffix(".yaml") for name in chosen)
 
 
 def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
@@ -44,9 +46,40 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
         if key == "imports":
             _import(value)
     merged = _read(name_or_path)
+    if COMPARE in merged:
+        message = f"{name_or_path} compares several recipes."
+        raise ConfigError("C105", message, f"run python -m vlmpeft.compare recipe={name_or_path}.")
     for key, value in changes:
         merged = _override(merged, key, value)
     return build_recipe(merged)
+
+
+def load_comparison(name_or_path: str, overrides: Sequence[str] = ()) -> tuple[Plain, Plain]:
+    """A recipe with a section `compare`. Args: as `load_recipe`; `compare.key=value` is of that section.
+
+    Returns: the section; the values all runs share, which `recipe_of` makes a recipe of.
+    Raises: as `load_recipe`; ConfigError C106 without that section.
+    """
+    shared = _read(name_or_path)
+    section: Plain = {COMPARE: shared.pop(COMPARE, None)}
+    if not isinstance(section[COMPARE], Mapping):
+        known = ", ".join(recipe_names(comparisons=True))
+        raise ConfigError("C106", f"{name_or_path} has no section {COMPARE}.", f"write recipe= with one of: {known}.")
+    for key, value in map(_parse, overrides):
+        if key.split(".")[0] == COMPARE:
+            for part in reversed(key.split(".")):
+                value = {part: value}
+            section = _merge(section, value)
+        else:
+            shared = _override(shared, key, value)
+    return section[COMPARE], shared
+
+
+def recipe_of(values: Mapping[str, Any], *changes: Mapping[str, Any]) -> Recipe:
+    """The recipe that values describe once changes are merged into them; null takes a key out. Raises: ConfigError."""
+    for change in changes:
+        values = _merge(values, _normalised(dict(change)))
+    return build_recipe(values)
 
 
 def to_yaml(recipe: Recipe) -> str:
@@ -85,8 +118,9 @@ def _path(name_or_path: str, above: Sequence[Path]) -> Path:
     """The file of a recipe; a relative path is looked up beside the file that names it."""
     path = Path(name_or_path)
     if path.suffix not in (".yaml", ".yml"):
-        if name_or_path not in recipe_names():
-            raise ConfigError("C103", f"no recipe '{name_or_path}'{nearest(name_or_path, recipe_names())}")
+        known = recipe_names() + recipe_names(comparisons=True)
+        if name_or_path not in known:
+            raise ConfigError("C103", f"no recipe '{name_or_path}'{nearest(name_or_path, known)}")
         path = Path(str(resources.files("vlmpeft.recipes") / f"{name_or_path}.yaml"))
     elif above:
         path = above[-1].parent / path

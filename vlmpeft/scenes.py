@@ -1,7 +1,8 @@
 """Draws a small data set of coloured shapes: images, captions, questions, and tests that text alone cannot pass.
 
-`python -m vlmpeft.scenes out=DIR` writes `pretrain.json` and `instruct.json` (LLaVA), `pope_test.jsonl` (POPE) and
-`types_test.jsonl` (every kind of question). Equal arguments give equal bytes; no test scene is one of the others.
+`python -m vlmpeft.scenes out=DIR` writes `pretrain.json`, `instruct.json` and `existence.json` (LLaVA; the last holds
+yes/no questions alone), `pope_test.jsonl` (POPE) and `types_test.jsonl` (every kind of question). Equal arguments give
+equal bytes; no test scene is one of the others.
 """
 
 from __future__ import annotations
@@ -14,34 +15,20 @@ import sys
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 from vlmpeft.errors import CheckpointError, ConfigError, nearest, run_command
 from vlmpeft.fs import writing
-from vlmpeft.scene_questions import (
-    CELLS,
-    COLORS,
-    NUMBERS,
-    SHAPES,
-    Balance,
-    Scene,
-    Thing,
-    even_labels,
-    existence,
-    instruct,
-)
+from vlmpeft.scene_files import captions, existence_turns, pope, types
+from vlmpeft.scene_questions import CELLS, COLORS, NUMBERS, SHAPES, Scene, Thing, instruct
 
 WIDTHS = {"large": (0.36, 0.40), "small": (0.21, 0.24)}  # diameters, fractions of the side: 81-90 and 47-54 of 224
 JITTER = 0.8  # how much of the room left in its cell an object may move
 TURN = 12.0  # degrees an object may be turned either way
 CENTERED = 0.33  # share of lone objects drawn in the centre
 TEST_SHARE = 6  # one description in this many belongs to the test, whatever the seed
-CAPTION_REQUEST = "<image>\nDescribe the image briefly."
-POPE_LABELS = (True, False) * 3  # questions about a test image
-TYPES_PER_IMAGE = 4  # rows of types_test.jsonl for a test image, one of them yes/no
 RGB = {
     "red": (214, 40, 40),
     "green": (30, 140, 60),
@@ -146,36 +133,6 @@ def outline(thing: Thing) -> list[tuple[float, float]]:
     return [(thing.x + thing.width * (c * x - s * y), thing.y + thing.width * (s * x + c * y)) for x, y in unit]
 
 
-def captions(scenes: Sequence[Scene]) -> list[dict[str, Any]]:
-    """LLaVA rows with one caption for each scene."""
-    rows = []
-    for i, scene in enumerate(scenes):
-        turns = [{"from": "human", "value": CAPTION_REQUEST}, {"from": "gpt", "value": scene.caption}]
-        rows.append({"id": f"pretrain_{i:04d}", "image": f"pretrain_{i:04d}.png", "conversations": turns})
-    return rows
-
-
-def pope(scenes: Sequence[Scene], rng: random.Random) -> list[dict[str, Any]]:
-    """POPE rows (arXiv:2305.10355): yes and no in turn, labels in lower case."""
-    asked = existence(scenes, [POPE_LABELS] * len(scenes), rng)
-    rows = [(i, q) for i, questions in enumerate(asked) for q in questions]
-    return [
-        {"question_id": n, "image": f"test_{i:04d}.png", "text": q.text, "label": q.answer.lower()}
-        for n, (i, q) in enumerate(rows, start=1)
-    ]
-
-
-def types(scenes: Sequence[Scene], rng: random.Random) -> list[dict[str, Any]]:
-    """Rows of every category with the exact short answer as label, a yes/no one for each scene among them."""
-    balance = Balance(rng)
-    rows: list[dict[str, Any]] = []
-    for i, questions in enumerate(existence(scenes, even_labels([1] * len(scenes), rng), rng)):
-        for q in questions + balance.choose(scenes[i], TYPES_PER_IMAGE - 1):
-            row = {"question_id": len(rows) + 1, "image": f"test_{i:04d}.png", "text": q.text}
-            rows.append({**row, "label": q.answer, "category": q.category})
-    return rows
-
-
 def write(
     out: Path,
     *,
@@ -196,6 +153,8 @@ def write(
     files = {
         "pretrain.json": json.dumps(captions(splits["pretrain"]), indent=1) + "\n",
         "instruct.json": json.dumps(instruct(splits["train"], rng), indent=1) + "\n",
+        "existence.json": json.dumps(existence_turns(splits["train"], random.Random(f"{seed}/existence")), indent=1)
+        + "\n",
         "pope_test.jsonl": "".join(json.dumps(row) + "\n" for row in pope(splits["test"], rng)),
         "types_test.jsonl": "".join(json.dumps(row) + "\n" for row in types(splits["test"], rng)),
     }
