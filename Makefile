@@ -11,7 +11,7 @@ CPU_ENV := MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=2147483647 MALLOC_TOP_PAD_=
 SCENE_WORDS := align.source=pretrain align.scale=1 align.max_share=0.6 align.epochs=15 align.weight_decay=0.01 \
   projector.dropout=0 stages.instruct.tuners.projector.lr=5e-4
 
-.PHONY: quickstart test lint install install-dev clean
+.PHONY: quickstart compare test lint install install-dev clean
 
 quickstart: install $(SCENES)/pope_test.jsonl
 	$(CPU_ENV) $(PY) -m vlmpeft.train recipe=quickstart run.dir=$(RUN) $(SCENE_WORDS) \
@@ -20,6 +20,13 @@ quickstart: install $(SCENES)/pope_test.jsonl
 
 $(SCENES)/pope_test.jsonl: | install
 	$(PY) -m vlmpeft.scenes out=$(SCENES) pretrain=1200 train=560 test=30
+
+# Every tuner on one budget; hours, and the same command goes on after an interruption.
+compare: install runs/compare_scenes/pope_test.jsonl
+	$(CPU_ENV) $(PY) -m vlmpeft.compare recipe=compare_tuners
+
+runs/compare_scenes/pope_test.jsonl: | install
+	$(PY) -m vlmpeft.scenes out=runs/compare_scenes pretrain=1200 train=560 test=384
 
 test: install-dev
 	$(PY) -m pytest -q
