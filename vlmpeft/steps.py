@@ -45,8 +45,9 @@ class Steps:
         for name in needed(tuned):
             self._refuse(name, processes, sharded)
         self.drift = Drift(tuned, l2_sp) if l2_sp else None
-        after = {name: tuned.applied[name].tuner for name in needed(tuned)}
-        started = {k: t.start_state(self._layers(k)) for k, t in after.items() if isinstance(t, AfterStep)}
+        self.layers = {name: self._layers(name) for name in needed(tuned)}
+        tuners = {name: tuned.applied[name].tuner for name in self.layers}
+        started = {k: t.start_state(self.layers[k]) for k, t in tuners.items() if isinstance(t, AfterStep)}
         self.states: dict[str, dict[str, Tensor]] = started
 
     def _refuse(self, name: str, processes: int, sharded: bool) -> None:
@@ -66,7 +67,7 @@ class Steps:
 
     def before(self, step: int) -> None:
         """Before the forwards of a step. Args: step: from 0."""
-        for name in needed(self.tuned):
+        for name in self.layers:
             tuner = self.tuned.applied[name].tuner
             if isinstance(tuner, BeforeStep):
                 tuner.before_step(self.tuned.parts, step)
@@ -74,10 +75,10 @@ class Steps:
     def add_gradients(self) -> dict[str, Tensor]:
         """Once the gradients of all micro-batches are there, before they are clipped. Returns: penalties by name."""
         penalties = {} if self.drift is None else {DRIFT: self.drift.add_gradient()}
-        for name in needed(self.tuned):
+        for name, layers in self.layers.items():
             tuner = self.tuned.applied[name].tuner
             if isinstance(tuner, Penalised):
-                penalties[f"{name}_penalty"] = tuner.add_gradients(self._layers(name))
+                penalties[f"{name}_penalty"] = tuner.add_gradients(layers)
         return penalties
 
     def after(self, step: int) -> dict[str, float]:
@@ -86,7 +87,7 @@ class Steps:
         for name, state in self.states.items():
             tuner = self.tuned.applied[name].tuner
             if isinstance(tuner, AfterStep):
-                told = tuner.after_step(self._layers(name), state, step, self.total)
+                told = tuner.after_step(self.layers[name], state, step, self.total)
                 found |= {f"{name}_{key}": value for key, value in told.items()}
         return found
 
