@@ -27,7 +27,7 @@ LEVELS: dict[int, str] = {
     "eval.mmmu eval.mmmu_data eval.mmmu_parse eval.scienceqa eval.mmbench eval.iconqa eval.choice",
     2: "adapter_files adapter_learn adapter_merge pool config sections yaml_file recipe data_config records data "
     "sample_store sample_text mixture prepare stage features vlm quant quant_memory tune conflicts weights optim "
-    "language tokens hf_chat prefix decode forward trackers align distributed sharding drift diagnose_config "
+    "language tokens hf_chat prefix decode likelihood forward trackers align distributed sharding drift diagnose_config "
     "report report_attention report_data report_sections report_retention report_style charts scene_questions",
     1: "vision vision_timm vision_transformers vision_open_clip vision_weights encoder template images projectors "
     "projectors.linear projectors.mlp projectors.ldp projectors.pixel_shuffle projectors.resampler "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -74,14 +74,14 @@ def answer(
     """
     read = ImageReader(transform)
     asked = [
-        _Asked(r, encoder.encode([exchange_of(r)], views=[read.num_views(i) for i in r.images]), adapter)
-        for r, adapter in zip(requests, _adapters(len(requests)), strict=True)
+        Asked(r, encoder.encode([exchange_of(r)], views=[read.num_views(i) for i in r.images]), adapter)
+        for r, adapter in zip(requests, adapters_of(len(requests)), strict=True)
     ]
     words = None if contrast is None else tuple(_first_token(encoder, word) for word in contrast)
     stops = stop_tokens(encoder)
     answers: dict[int, Answer] = {}
     model.eval()
-    for chosen in _batches(asked, batch_size):
+    for chosen in batches(asked, batch_size):
         rows = [asked[i] for i in chosen]
         with chosen_rows(chosen):
             tokens, logits = _generate(model, read, rows, max_new_tokens, stops)
@@ -94,7 +94,7 @@ def answer(
     return [answers[i] for i in range(len(requests))]
 
 
-def _adapters(requests: int) -> list[int | None]:
+def adapters_of(requests: int) -> list[int | None]:
     """The adapter of every request, if `rows_with` gives them. Raises: ModelError M592 for another number of them."""
     adapter = adapter_of_rows()
     if adapter is None:
@@ -105,7 +105,7 @@ def _adapters(requests: int) -> list[int | None]:
     return list(adapter.tolist())
 
 
-class _Asked:
+class Asked:
     """A request, its encoding, and the key that requests with the same images, beginning and adapter have in common."""
 
     def __init__(self, request: Request, encoding: Encoding, adapter: int | None) -> None:
@@ -119,7 +119,7 @@ class _Asked:
         return len(self.encoding.input_ids)
 
 
-def _batches(asked: Sequence[_Asked], batch_size: int) -> list[list[int]]:
+def batches(asked: Sequence[Asked], batch_size: int) -> list[list[int]]:
     """Indices in batches: groups of one key by their longest prompt, then the longest prompts first."""
     longest: dict[Any, int] = {}
     for item in asked:
@@ -137,7 +137,7 @@ def stop_tokens(encoder: TurnEncoder) -> list[int]:
 
 @torch.no_grad()  # not inference_mode: what a model caches of it could not be used in training again
 def _generate(
-    model: VLM, read: ImageReader, rows: Sequence[_Asked], max_new_tokens: int, stops: list[int]
+    model: VLM, read: ImageReader, rows: Sequence[Asked], max_new_tokens: int, stops: list[int]
 ) -> tuple[Tensor, Tensor]:
     """Continue rows greedily. Returns: new tokens (b, new), logits (b, v) of the first of them in fp32."""
     encodings, keys = [row.encoding for row in rows], [row.key for row in rows]
@@ -190,8 +190,14 @@ def _text(tokenizer: Any, tokens: Sequence[int], stops: Sequence[int]) -> str:
 
 def _first_token(encoder: TurnEncoder, word: str) -> int:
     """The token an answer that starts with `word` starts with, in the encoder's template."""
-    segments = encoder.template.segments([Exchange(("q",), word)], None)
-    ids = next((encoder.segment_ids(s) for s in segments if s.kind == "answer"), ())
+    ids = answer_ids(encoder, word)
     if not ids:
         raise ModelError("M518", f"the tokenizer has no token for '{word}'.")
     return ids[0]
+
+
+def answer_ids(encoder: TurnEncoder, text: str) -> list[int]:
+    """The tokens that say `text` where the encoder's template has an answer, without what ends it."""
+    segments = encoder.template.segments([Exchange(("q",), text)], None)
+    answers = (replace(s, text=text) for s in segments if s.kind == "answer")  # some close the text with more
+    return encoder.segment_ids(next(answers)) if text else []

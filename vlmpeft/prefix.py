@@ -60,8 +60,8 @@ def generate_shared(
     """
     language = model.language
     table = language.get_input_embeddings()
-    cache, mask = _read_prefixes(model, encodings, keys, views)
-    rest = collate([_part(e, shared_length(e), None) for e in encodings], side="left").to(table.weight.device)
+    cache, mask = read_prefixes(model, encodings, keys, views)
+    rest = collate([piece_of(e, shared_length(e), None) for e in encodings], side="left").to(table.weight.device)
     mask = torch.cat([mask, rest.attention_mask], 1)
     positions = position_ids(mask, None)[:, -rest.input_ids.shape[1] :]
     with routed(text_routing(rest.attention_mask, answer=False)):
@@ -81,7 +81,7 @@ def generate_shared(
         logits = logits_of(language, hidden[:, -1])
 
 
-def _read_prefixes(
+def read_prefixes(
     model: VLM, encodings: Sequence[Encoding], keys: Sequence[Hashable], views: Sequence[Tensor]
 ) -> tuple[Any, Tensor]:
     """Keys and values of every different beginning. Returns: cache and mask (b, s), a row each of `encodings`."""
@@ -89,7 +89,7 @@ def _read_prefixes(
 
     different = dict(zip(keys, encodings, strict=True))
     order = list(dict.fromkeys(keys))
-    prefixes = [_part(different[key], 0, shared_length(different[key])) for key in order]
+    prefixes = [piece_of(different[key], 0, shared_length(different[key])) for key in order]
     batch = collate(prefixes, views, side="left").to(model.language.get_input_embeddings().weight.device)
     cache = DynamicCache(config=model.language.config)
     positions = position_ids(batch.attention_mask, None)
@@ -102,5 +102,6 @@ def _read_prefixes(
     return cache, batch.attention_mask[index]
 
 
-def _part(encoding: Encoding, start: int, stop: int | None) -> Encoding:
+def piece_of(encoding: Encoding, start: int, stop: int | None) -> Encoding:
+    """The tokens `start` to `stop` of an encoding."""
     return Encoding(encoding.input_ids[start:stop], encoding.labels[start:stop], encoding.turns[start:stop])
