@@ -26,6 +26,7 @@ from vlmpeft.eval.choices import (
     verdicts_of,
 )
 from vlmpeft.eval.compare import compare_files, texts_of
+from vlmpeft.eval.model import open_model
 from vlmpeft.eval.rows import read_rows, write_json, write_rows
 from vlmpeft.eval.runner import Answerer, parse_arguments, prepare_folder, table
 
@@ -97,9 +98,7 @@ def _run_model(argv: Sequence[str], benchmark: ChoiceBenchmark) -> None:
         texts_of(arguments["compare"], keyed(items))
     out = prepare_folder(arguments["out"])
 
-    import vlmpeft
-
-    bundle = vlmpeft.load(arguments["model"], device=arguments["device"])
+    bundle = open_model(arguments["model"], arguments["device"])
     asking = {key: arguments[key] for key in ("batch_size", "max_new_tokens", "ablate")}
     answers, metrics = evaluate(bundle, items, judge, summarise=benchmark.summarise, **asking)
     metrics |= _compared(items, answers, arguments, judge)

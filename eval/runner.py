@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from vlmpeft.errors import ConfigError, NumericError, nearest
 from vlmpeft.eval.ablate import ablated, check_ablation
 from vlmpeft.eval.compare import compare_files, texts_of
+from vlmpeft.eval.model import open_model
 from vlmpeft.eval.paths import has_image, resolve_images, with_image
 from vlmpeft.eval.rows import Row, read_rows, write_json, write_rows
 
@@ -201,9 +202,7 @@ def run(
         texts_of(other, questions)
     out = prepare_folder(arguments["out"])
 
-    import vlmpeft
-
-    bundle = vlmpeft.load(arguments["model"], device=arguments["device"])
+    bundle = open_model(arguments["model"], arguments["device"])
     options = {key: arguments[key] for key in ("suffix", "batch_size", "max_new_tokens", "ablate")}
     answers, metrics = evaluate(bundle, questions, arguments["images"], **options)
     if correct and other:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -81,14 +82,14 @@ def test_what_the_model_says_itself_is_greedy_and_nothing_else_is(bundle: Bundle
     assert other.log_probability < own.log_probability < 0
 
 
-def test_probabilities_of_all_first_tokens_sum_to_one(bundle: Bundle, pairs: list[Any]) -> None:
+def test_probabilities_of_all_first_tokens_do_not_exceed_one(bundle: Bundle, pairs: list[Any]) -> None:
     request = pairs[0][0]
     vocabulary = len(bundle.tokenizer)
     encoder = bundle.turn_encoder()
     texts = [t for i in range(vocabulary) if answer_ids(encoder, t := bundle.tokenizer.decode([i])) == [i]]
-    total = sum(torch.tensor([f.log_probability for f in bundle.likelihoods([(request, t) for t in texts],
-                                                                            batch_size=64)]).exp().tolist())  # fmt: skip
-    assert 0 < total <= 1 + 1e-4
+    found = bundle.likelihoods([(request, text) for text in texts], batch_size=64)
+    assert len(texts) > vocabulary / 2
+    assert 0 < sum(math.exp(f.log_probability) for f in found) <= 1 + 1e-4
 
 
 @pytest.mark.parametrize("template", ["chatml", "vicuna_v1", "tokenizer", "plain"])

@@ -25,7 +25,7 @@ from vlmpeft.vlm import VLM
 
 @dataclass(frozen=True)
 class Likelihood:
-    """log_probability: of the whole answer, in nats. tokens: of it. greedy: whether each is the model's first choice."""
+    """log_probability: of all the answer, in nats. tokens: of it. greedy: whether each is the model's first choice."""
 
     log_probability: float
     tokens: int
