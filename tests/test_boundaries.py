@@ -22,7 +22,7 @@ LEVELS: dict[int, str] = {
     4: "adapters __main__ train generate inspect lmar scenes export merge",
     3: "adapter_soup build checkpoint conversion resume preflight workspace loop run evaluation retention hf_llava "
     "hf_vlm hf_peft llava_original lmar_heat lmar_samples diagnose eval eval.paths eval.pope eval.rows eval.runner "
-    "eval.short eval.ablate eval.benchmark eval.caption eval.cider eval.compare eval.gqa eval.hallusion "
+    "eval.short eval.ablate eval.benchmark eval.caption eval.cider eval.compare eval.gqa eval.hallusion eval.harness "
     "eval.interval eval.mme eval.model eval.mmvet eval.summary eval.vqa eval.vqa_text eval.choices eval.choices_run "
     "eval.mmmu eval.mmmu_data eval.mmmu_parse eval.scienceqa eval.mmbench eval.iconqa eval.choice",
     2: "adapter_files adapter_learn adapter_merge pool config sections yaml_file recipe data_config records data "
@@ -76,6 +76,7 @@ WHERE = {  # an outside library and the modules that may import it; True if insi
     "peft": (set(), True),
     "datasets": ({"readers"}, True),
     "pyarrow": ({"readers", "sample_store", "eval.mmmu_data"}, True),
+    "lmms_eval": ({"eval.harness"}, False),
     "sacrebleu": ({"eval.caption"}, True),
     "rouge_score": ({"eval.caption"}, True),
     "matplotlib": ({"steering.pictures"}, True),
