@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 from lmms_eval.api.instance import GenerationResult, Instance
 from lmms_eval.api.model import lmms
-from lmms_eval.models.registry_v2 import ModelManifest
 from tqdm import tqdm
 
 from vlmpeft.errors import ConfigError, EvalError, nearest
 from vlmpeft.eval.model import open_model
 
 if TYPE_CHECKING:
+    from lmms_eval.models.registry_v2 import ModelManifest
+
     from vlmpeft.decode import Request
 
 NEW_TOKENS = 16  # where a task does not say
@@ -37,7 +38,9 @@ KNOWN = {"max_new_tokens", "until", "do_sample", "temperature", *IDLE, *PLAIN}
 
 
 def manifest() -> ModelManifest:
-    """What lmms-eval registers."""
+    """What lmms-eval registers: it asks while it imports its own models, so those are imported here."""
+    from lmms_eval.models.registry_v2 import ModelManifest
+
     return ModelManifest(model_id="vlmpeft", simple_class_path="vlmpeft.eval.harness.Vlmpeft")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -78,6 +79,29 @@ def test_batched_answers_equal_those_one_by_one(
 ) -> None:
     assert len({a.text for a in one_by_one}) > 10
     same(bundle.answer(requests, batch_size=batch_size, contrast=WORDS, max_new_tokens=10), one_by_one)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "batch_size", "expected"),
+    [
+        ([6] * 4, 16, [12, 12]),  # two pictures of six questions, not two and two thirds
+        ([6] * 5, 32, [30]),
+        ([6] * 3, 8, [6, 6, 6]),
+        ([6] * 3, 7, [6, 6, 6]),
+        ([5] * 3, 8, [8, 7]),  # a batch that would lose more than a quarter takes a part of the next
+        ([20, 3], 8, [8, 8, 7]),
+        ([1] * 9, 4, [4, 4, 1]),
+        ([], 4, []),
+    ],
+)
+def test_batches_rather_end_early_than_read_an_image_twice(
+    sizes: list[int], batch_size: int, expected: list[int]
+) -> None:
+    asked: Any = [SimpleNamespace(key=k, length=90 - k) for k, size in enumerate(sizes) for _ in range(size)]
+    made = decode.batches(asked, batch_size)
+    assert [len(batch) for batch in made] == expected
+    assert sorted(i for batch in made for i in batch) == list(range(len(asked)))
+    assert [asked[i].length for batch in made for i in batch] == sorted((a.length for a in asked), reverse=True)
 
 
 def test_answers_without_shared_beginnings_are_the_same(

@@ -109,6 +109,6 @@ def test_lmms_eval_runs_the_installed_package_by_its_name(installed: Path, tmp_p
     shown = run(["-m", "lmms_eval", *options], tmp_path, PYTHONPATH=str(installed), **offline)
     assert "|choice|" in shown.replace(" ", "")
     [samples] = (tmp_path / "out").rglob("*_samples_one.jsonl")
-    said = [json.loads(line)["resps"][0][0] for line in samples.read_text(encoding="utf-8").splitlines()]
+    said = [json.loads(line)["filtered_resps"] for line in samples.read_text(encoding="utf-8").splitlines()]
     bundle = vlmpeft.load(model, device="cpu")
     assert said == [bundle.generate(row["image"], row["question"], max_new_tokens=6) for row in rows()]
