@@ -25,6 +25,7 @@ class Benchmark:
     judge: (question, text) to what the answer's row gets; its `score` is from 0 to 1.
     total: all pairs to the metrics.
     suffix, max_new_tokens: of the benchmark's own prompt.
+    candidates: all answers there can be, for `method=loglik`.
     """
 
     about: Mapping[str, str]
@@ -32,6 +33,7 @@ class Benchmark:
     total: Callable[[Sequence[Pair]], dict[str, Any]]
     suffix: str = SUFFIX
     max_new_tokens: int = 16
+    candidates: tuple[str, ...] = ()
 
     def points(self, question: Row, text: str) -> float:
         """What an answer is worth, from 0 to 1."""
@@ -52,6 +54,7 @@ class Benchmark:
         max_new_tokens: int | None = None,
         ablate: str = "none",
         progress: bool = True,
+        method: str = "generate",
     ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
         """Ask a model and score it. Returns: the answer rows in question order, and `score` of them."""
         for question in questions:
@@ -66,6 +69,8 @@ class Benchmark:
             ablate=ablate,
             progress=progress,
             correct=self.points,
+            method=method,
+            candidates=self.candidates,
         )
         rows = [
             {key: value for key, value in row.items() if key != "margin"} | dict(self.judge(question, row["text"]))
@@ -112,12 +117,16 @@ class Command:
         """With model=DIR: writes answers.jsonl and metrics.json into out, prints a table."""
         own = self.make(self.options)
         defaults = {**DEFAULTS, "suffix": own.suffix, "max_new_tokens": own.max_new_tokens, **self.options, **OPTIONAL}
+        defaults |= {"method": "generate"} if own.candidates else {}
         arguments = parse_arguments(argv, defaults, REQUIRED, self.doc)
         benchmark, questions = self.make(arguments), self.read(arguments)
         for question in questions:
             benchmark.judge(question, "")
-        metrics = run(arguments, questions, benchmark.evaluate, benchmark.about, benchmark.points)
-        print(table(self.show(metrics)))
+
+        def show(metrics: Mapping[str, Any]) -> None:
+            print(table(self.show(metrics)))
+
+        run(arguments, questions, benchmark.evaluate, benchmark.about, benchmark.points, show)
 
 
 def accuracy(scores: Sequence[float]) -> dict[str, Any]:

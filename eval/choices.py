@@ -61,6 +61,7 @@ class Verdict:
 
 
 Judge = Callable[[Item, str], Verdict]
+Summary = Callable[[Sequence[Item], Sequence[Verdict]], dict[str, Any]]
 
 
 def lettered(options: Sequence[object], item_id: str) -> dict[str, str]:

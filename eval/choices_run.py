@@ -2,42 +2,37 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import re
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from vlmpeft.errors import ConfigError, EvalError, nearest
-from vlmpeft.eval.ablate import ablated, check_ablation
+from vlmpeft.eval.ablate import check_ablation
 from vlmpeft.eval.choices import (
     Item,
     Judge,
     Predictions,
-    Verdict,
+    Summary,
     answer_rows,
     keyed,
     refuse_repeated,
     score_items,
     tally,
-    verdicts_of,
 )
+from vlmpeft.eval.choices_ask import check_candidates, evaluate, facts, wrong_of
 from vlmpeft.eval.compare import compare_files, texts_of
-from vlmpeft.eval.model import open_model
-from vlmpeft.eval.rows import read_rows, write_json, write_rows
-from vlmpeft.eval.runner import Answerer, parse_arguments, prepare_folder, table
+from vlmpeft.eval.identity import digest
+from vlmpeft.eval.method import check_method
+from vlmpeft.eval.rows import read_rows
+from vlmpeft.eval.runner import Answerer, parse_arguments, table
+from vlmpeft.eval.session import Evaluation, carry_out
 
-if TYPE_CHECKING:
-    from tqdm import tqdm
-
-    from vlmpeft.decode import Answer, Request
-
-ASKING = {"batch_size": 16, "ablate": "none", "max_new_tokens": 64, "device": "auto"}
+ASKING = {"batch_size": 16, "ablate": "none", "max_new_tokens": 64, "device": "auto", "overwrite": False}
+ASKING |= {"method": "generate", "candidates": "letters", "wrong": 60}
+PATHS = ("images",)  # options of a benchmark that say where something is, and nothing of the result
 OPTIONAL = {"compare": None}
-Summary = Callable[[Sequence[Item], Sequence[Verdict]], dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -92,21 +87,26 @@ def _run_model(argv: Sequence[str], benchmark: ChoiceBenchmark) -> None:
     needed = ("model", *benchmark.required, "out")
     arguments = parse_arguments(argv, {**benchmark.defaults, **ASKING, **OPTIONAL}, needed, benchmark.doc)
     check_ablation(arguments["ablate"])
+    check_method(arguments["method"])
+    check_candidates(arguments["candidates"])
     judge, items = benchmark.judge(arguments["parser"]), benchmark.read(arguments, True)
     refuse_repeated(items)
     if arguments["compare"]:
         texts_of(arguments["compare"], keyed(items))
-    out = prepare_folder(arguments["out"])
+    asking = {key: arguments[key] for key in ("batch_size", "max_new_tokens", "ablate", "method", "candidates")}
 
-    bundle = open_model(arguments["model"], arguments["device"])
-    asking = {key: arguments[key] for key in ("batch_size", "max_new_tokens", "ablate")}
-    answers, metrics = evaluate(bundle, items, judge, summarise=benchmark.summarise, **asking)
-    metrics |= _compared(items, answers, arguments, judge)
-    write_rows(out / "answers.jsonl", answers)
-    source = {key: arguments[key] for key in ("model", *benchmark.required)}
-    about = {"benchmark": benchmark.name, **source, **{key: arguments[key] for key in benchmark.defaults}, **asking}
-    write_json(out / "metrics.json", {**about, **metrics})
-    print(summary_table(metrics))
+    def ask_model(bundle: Answerer, progress: bool) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+        return evaluate(bundle, items, judge, summarise=benchmark.summarise, progress=progress, **asking)
+
+    own = {key: arguments[key] for key in benchmark.defaults if key not in PATHS}
+    evaluation = Evaluation(
+        settings={"benchmark": benchmark.name, **own, **asking, "questions_sha256": digest(map(facts, items))},
+        source={key: arguments[key] for key in ("model", *benchmark.required, *PATHS) if key in arguments},
+        ask=ask_model,
+        compare=(lambda answers: _compared(items, answers, arguments, judge)) if arguments["compare"] else None,
+        wrong=lambda answers: wrong_of(items, answers),
+    )
+    carry_out(evaluation, arguments, lambda metrics: print(summary_table(metrics)))
 
 
 def _compared(
@@ -121,85 +121,6 @@ def _compared(
         return judge(by_id[row["question_id"]], text).correct
 
     return {"compare": compare_files(keyed(items), answers, arguments["compare"], correct)}
-
-
-def evaluate(
-    bundle: Answerer,
-    items: Sequence[Item],
-    judge: Judge,
-    *,
-    batch_size: int = 16,
-    max_new_tokens: int = 64,
-    ablate: str = "none",
-    progress: bool = True,
-    summarise: Summary = tally,
-) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Ask a model every item, greedily, and judge it.
-
-    Args:
-        ablate: what to show instead of the images: none, blank, shuffle or noise; see `vlmpeft.eval.ablate`.
-
-    Returns: rows in the order of the items (question_id, prompt, text as it came, parsed, by_chance, correct, answer);
-    the metrics.
-    """
-    from tqdm import tqdm
-
-    with (
-        tempfile.TemporaryDirectory(prefix="vlmpeft-") as folder,
-        tqdm(total=len(items), unit="question", disable=not progress, mininterval=1.0) as bar,
-    ):
-        answers = bundle.answer(
-            _requests(bundle, items, ablate, Path(folder)),
-            max_new_tokens=max_new_tokens,
-            batch_size=batch_size,
-            on_batch=_progress(bar, items, judge),
-        )
-    texts = [answer.text.strip() for answer in answers]
-    verdicts = verdicts_of(items, texts, judge)
-    rows = [_row(item, text, verdict) for item, text, verdict in zip(items, texts, verdicts, strict=True)]
-    return rows, summarise(items, verdicts)
-
-
-def _progress(bar: tqdm[Any], items: Sequence[Item], judge: Judge) -> Callable[[Sequence[tuple[int, Answer]]], None]:
-    """What to do after a batch: move the bar on, with the accuracy so far."""
-    right = 0
-
-    def on_batch(batch: Sequence[tuple[int, Answer]]) -> None:
-        nonlocal right
-        right += sum(judge(items[index], answer.text.strip()).correct for index, answer in batch)
-        bar.set_postfix_str(f"accuracy {right / (bar.n + len(batch)):.3f}", refresh=False)
-        bar.update(len(batch))
-
-    return on_batch
-
-
-def _requests(bundle: Answerer, items: Sequence[Item], ablate: str, folder: Path) -> list[Request]:
-    """Requests whose pictures are files, so that they are opened, checked and turned upright as all others are."""
-    from vlmpeft.decode import Request
-
-    files: dict[bytes, Path] = {}
-    images = [[_file(image, files, folder, item.id) for image in item.images] for item in items]
-    shown = iter(ablated(bundle, [path for paths in images for path in paths], ablate))
-    pictures = [tuple(next(shown) for _ in paths) for paths in images]
-    return [Request(images=p, prompt=item.prompt) for p, item in zip(pictures, items, strict=True)]
-
-
-def _file(image: Path | bytes, files: dict[bytes, Path], folder: Path, item_id: str) -> Path:
-    """The file of an image; equal bytes share one, so that questions about one picture also share its features."""
-    if isinstance(image, Path):
-        return image
-    digest = hashlib.sha256(image).digest()
-    if digest not in files:
-        files[digest] = folder / f"{len(files):06d}-{re.sub(r'[^0-9A-Za-z_-]', '_', item_id)[:80]}"
-        files[digest].write_bytes(image)
-    return files[digest]
-
-
-def _row(item: Item, text: str, verdict: Verdict) -> dict[str, Any]:
-    judged = {"parsed": verdict.parsed, "by_chance": verdict.by_chance, "correct": verdict.correct}
-    if item.answer is None:
-        del judged["correct"]
-    return {"question_id": item.id, "prompt": item.prompt, "text": text, **judged, "answer": item.answer}
 
 
 def read_answers(path: str | Path) -> Predictions:

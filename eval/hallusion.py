@@ -18,18 +18,21 @@ or no, not both; else wrong; questions with an image alone, groups without the c
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from vlmpeft.errors import ConfigError, EvalError, nearest, run_command
 from vlmpeft.eval.benchmark import Benchmark, Command, Pair, accuracy
+from vlmpeft.eval.method import YES_NO
+from vlmpeft.eval.pope_parse import parse_vlmevalkit
 from vlmpeft.eval.rows import Row, join, read_document, read_rows
 from vlmpeft.eval.runner import parse_arguments
-from vlmpeft.eval.vqa_text import strip_punctuation
 
 QUESTION_KEYS = ("category", "subcategory", "set_id", "figure_id", "question_id", "question", "gt_answer")
 PARSERS = ("contains", "vlmevalkit")
 OPTIONS = {"parser": "contains"}
+YES_OR_NO = re.compile("yes|no", re.IGNORECASE)
 FIGURE = ("category", "subcategory", "set_id", "figure_id")
 QUESTION = ("category", "subcategory", "set_id", "number")
 
@@ -38,9 +41,7 @@ def parse_answer(text: str, parser: str = "contains") -> str:
     """yes, no or, by vlmevalkit alone, unknown."""
     if parser == "contains":
         return "yes" if "yes" in text.lower() else "no"
-    words = strip_punctuation(text.lower()).split()  # VLMEvalKit e8e78f05 YOrN_Extraction
-    said = [word for word in ("yes", "no") if word in words]
-    return said[0] if len(said) == 1 else "unknown"
+    return parse_vlmevalkit(text) or "unknown"
 
 
 def score(questions: Sequence[Row], answers: Sequence[Row], *, parser: str = "contains") -> dict[str, Any]:
@@ -48,7 +49,8 @@ def score(questions: Sequence[Row], answers: Sequence[Row], *, parser: str = "co
 
     Returns:
         aAcc, qAcc, fAcc (shares of answers, questions in all their forms, and figures that are all right), their mean,
-        aAcc_ci95, n, questions, figures, easy and hard (qAcc of unedited and of edited figures).
+        aAcc_ci95, n, questions, figures, easy and hard (qAcc of unedited and of edited figures), unparsable (texts
+        without yes and no; by vlmevalkit also those with both), by_chance (always 0).
 
     Raises:
         EvalError: V601 for missing, extra or repeated ids.
@@ -78,9 +80,11 @@ def benchmark(options: Mapping[str, Any]) -> Benchmark:
     def total(pairs: Sequence[Pair]) -> dict[str, Any]:
         kept = [pair for pair in pairs if parser == "contains" or not pair[0]["text_only"]]
         right = [judge(question, text)["score"] == 1 for question, text in kept]
-        return _totals([question for question, _ in kept], right, official=parser == "contains")
+        unread = sum(parse_answer(text, parser) == "unknown" or not YES_OR_NO.search(text) for _, text in kept)
+        counts = {"unparsable": unread, "by_chance": 0}
+        return {**_totals([question for question, _ in kept], right, official=parser == "contains"), **counts}
 
-    return Benchmark({"benchmark": "hallusion", "parser": parser}, judge, total)
+    return Benchmark({"benchmark": "hallusion", "parser": parser}, judge, total, candidates=YES_NO)
 
 
 def _judged(question: Row, answer: Row) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from lmms_eval.api.instance import GenerationResult, Instance
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from lmms_eval.models.registry_v2 import ModelManifest
 
     from vlmpeft.decode import Request
+    from vlmpeft.likelihood import Likelihood
 
 NEW_TOKENS = 16  # where a task does not say
 WINDOW = 16  # batches whose pictures are in memory at once
@@ -95,13 +97,21 @@ class Vlmpeft(lmms):
         """(loss, greedy) of every given answer: lmms-eval takes the smallest loss, and only inside this wrapper."""
         results: dict[int, GenerationResult] = {}
         for window in self._windows(range(len(requests))):
-            answers = [self._continuation(requests[i]) for i in window]
             made = self._requests([requests[i] for i in window])
-            found = self.answerer.likelihoods(list(zip(made, answers, strict=True)), batch_size=self.batch_size)
-            for i, answer in zip(window, found, strict=True):
-                parts = answer.tokens if self.likelihood == "mean" else 1
-                results[i] = GenerationResult(text=(-answer.log_probability / parts, answer.greedy))
+            same: dict[Any, list[int]] = {}  # the answers to one question are scored together
+            for i, request in zip(window, made, strict=True):
+                same.setdefault((tuple(map(id, request.images)), request.prompt), []).append(i)
+            first = dict(zip(window, made, strict=True))
+            texts = {i: self._continuation(requests[i]) for i in window}
+            asked = [replace(first[g[0]], candidates=tuple(texts[i] for i in g)) for g in same.values()]
+            found = self.answerer.likelihoods(asked, batch_size=self.batch_size)
+            for group, answers in zip(same.values(), found, strict=True):
+                results |= {i: self._loss(answer) for i, answer in zip(group, answers, strict=True)}
         return [results[i] for i in range(len(requests))]
+
+    def _loss(self, answer: Likelihood) -> GenerationResult:
+        parts = answer.tokens if self.likelihood == "mean" else 1
+        return GenerationResult(text=(-answer.log_probability / parts, answer.greedy))
 
     def generate_until_multi_round(self, requests: Sequence[Instance]) -> list[str]:
         """Not offered: a round would have to be asked with the answers before it."""

@@ -20,6 +20,7 @@ from typing import Any
 
 from vlmpeft.errors import ConfigError, EvalError, nearest, run_command
 from vlmpeft.eval.benchmark import Benchmark, Command, Pair, accuracy
+from vlmpeft.eval.method import YES_NO
 from vlmpeft.eval.rows import Row, read_rows
 
 PERCEPTION = (
@@ -50,9 +51,9 @@ def score(questions: Sequence[Row], answers: Sequence[Row], *, parser: str = "of
     """Join by id and score.
 
     Returns:
-        perception and cognition (sums of the task scores), accuracy, accuracy_ci95, n, other (answers neither yes nor
-        no, all wrong), missing_tasks and `tasks`: name to score, accuracy, accuracy_plus (both questions of an image
-        right), n, other.
+        perception and cognition (sums of the task scores), accuracy, accuracy_ci95, n, other and unparsable (answers
+        neither yes nor no, all wrong), by_chance (always 0), missing_tasks and `tasks`: name to score, accuracy,
+        accuracy_plus (both questions of an image right), n, other.
 
     Raises:
         EvalError: V601 for missing, extra or repeated ids, V602 for an unknown task or label and for an image of a task
@@ -75,7 +76,7 @@ def benchmark(options: Mapping[str, Any]) -> Benchmark:
     def total(pairs: Sequence[Pair]) -> dict[str, Any]:
         return _total([(question, judge(question, text)) for question, text in pairs])
 
-    return Benchmark({"benchmark": "mme", "parser": parser}, judge, total)
+    return Benchmark({"benchmark": "mme", "parser": parser}, judge, total, candidates=YES_NO)
 
 
 def _total(judged: Sequence[tuple[Row, Mapping[str, Any]]]) -> dict[str, Any]:
@@ -85,7 +86,8 @@ def _total(judged: Sequence[tuple[Row, Mapping[str, Any]]]) -> dict[str, Any]:
         "perception": sum(scores[name]["score"] for name in PERCEPTION if name in scores),
         "cognition": sum(scores[name]["score"] for name in COGNITION if name in scores),
         **accuracy([judgement["score"] for _, judgement in judged]),
-        "other": sum(judgement["parsed"] == "other" for _, judgement in judged),
+        "other": (other := sum(judgement["parsed"] == "other" for _, judgement in judged)),
+        **{"unparsable": other, "by_chance": 0},
         "missing_tasks": [name for name in TASKS if name not in scores],
         "tasks": scores,
     }

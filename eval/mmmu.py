@@ -9,7 +9,8 @@ data: MMMU's parquet files, one or all of a split below a folder (split=validati
 answers: JSON lines with id and text, or one JSON object {id: text}.
 mode: first shows image_1 in front, as the official runs of LLaVA do; interleave puts each image where it is named.
 prompt: official or lmms-eval.
-parser: official; lmms-eval; strict (the letter alone; of an open question the text alone, nothing by chance).
+parser: official; lmms-eval; vlmevalkit (without its judge model); strict (the letter alone; of an open question the
+text alone). The last two decide nothing by chance.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from vlmpeft.eval.choices import (
     Verdict,
     judge_with,
     parse_strict,
+    parse_vlmevalkit,
     score_items,
     tally,
 )
@@ -58,6 +60,16 @@ def judge_open_strict(item: Item, text: str) -> Verdict:
     return Verdict(said if text.strip() else None, any(value in right for value in said))
 
 
+def judge_open_vlmevalkit(item: Item, text: str) -> Verdict:
+    """An open question as VLMEvalKit puts it: a choice between A, the right text, and B, "Other Answers".
+
+    Of several right texts any will do, which it leaves open. Source: vlmeval MMMU data at e8e78f05 (its issue 1617).
+    """
+    chosen = [parse_vlmevalkit(text, {"A": gold, "B": "Other Answers"}) for gold in item.answer or ()]
+    right = "A" in chosen
+    return Verdict("A" if right else next((letter for letter in chosen if letter), None), right)
+
+
 def judge_by_type(parser: Parser, chance: bool, open_judge: Judge) -> Judge:
     """Choices by a parser, open questions by a judge of their own."""
     choose = judge_with(parser, chance)
@@ -67,6 +79,7 @@ def judge_by_type(parser: Parser, chance: bool, open_judge: Judge) -> Judge:
 JUDGES: dict[str, Judge] = {
     "official": judge_by_type(parse_multi_choice, True, judge_open),
     "lmms-eval": judge_by_type(parse_multi_choice_lmms_eval, True, judge_open),
+    "vlmevalkit": judge_by_type(parse_vlmevalkit, False, judge_open_vlmevalkit),
     "strict": judge_by_type(parse_strict, False, judge_open_strict),
 }
 

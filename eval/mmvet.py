@@ -155,9 +155,12 @@ def main(argv: Sequence[str]) -> None:
     else:
         arguments = parse_arguments(argv, {**DEFAULTS, "suffix": "", "max_new_tokens": 1024}, REQUIRED, __doc__ or "")
         questions = read_questions(arguments["questions"])
-        run(arguments, questions, evaluate, ABOUT)
-        results = official_results(questions, read_rows(Path(arguments["out"]) / "answers.jsonl"))
-        write_json(Path(arguments["out"]) / "results.json", results)
+        out = Path(arguments["out"])
+
+        def export(metrics: Mapping[str, Any]) -> None:
+            write_json(out / "results.json", official_results(questions, read_rows(out / "answers.jsonl")))
+
+        run(arguments, questions, evaluate, ABOUT, show=export)
 
 
 if __name__ == "__main__":

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-import json
 import math
-import os
-import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from vlmpeft.errors import ConfigError, NumericError, nearest
+from vlmpeft.errors import NumericError
 from vlmpeft.eval.ablate import ablated, check_ablation
+from vlmpeft.eval.arguments import parse_arguments, table
 from vlmpeft.eval.compare import compare_files, texts_of
-from vlmpeft.eval.model import open_model
+from vlmpeft.eval.distinct import answer_distinct
+from vlmpeft.eval.identity import digest
+from vlmpeft.eval.method import candidates_of, check_method, logliks_of
 from vlmpeft.eval.paths import has_image, resolve_images, with_image
 from vlmpeft.eval.rows import Row, read_rows, write_json, write_rows
+from vlmpeft.eval.session import Evaluation, carry_out, prepare_folder
+from vlmpeft.eval.wrong_page import Wrong
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Answerer", "ask", "parse_arguments", "prepare_folder", "read_rows", "resolve_images", "run", "table"]
 __all__ += ["write_json", "write_rows"]
+OPTIONS = ("suffix", "batch_size", "max_new_tokens", "ablate", "method")  # of the command line, for `Evaluate`
 
 
 class Answerer(Protocol):
@@ -39,55 +42,13 @@ class Answerer(Protocol):
         contrast: tuple[str, str] | None = None,
         on_batch: Callable[[Sequence[tuple[int, Answer]]], None] | None = None,
     ) -> list[Answer]:
-        """Greedy answers in the order of the requests; `on_batch` gets (index, answer) after each finished batch."""
+        """Greedy answers in the order of the requests; `on_batch` gets (index, answer) after each finished batch.
+
+        A request with candidates is answered by the likeliest, with `logliks`; a model that cannot leaves them None.
+        """
 
     def blank_image(self, image: Path | Image.Image) -> Image.Image:
         """A picture of the same size in the encoder's mean colour."""
-
-
-def parse_arguments(
-    argv: Sequence[str], defaults: Mapping[str, Any], required: Sequence[str], doc: str
-) -> dict[str, Any]:
-    """Read `key=value` arguments; a value takes the type of its default, required ones are text.
-
-    Raises:
-        ConfigError: C101 for an unknown key, C102 for a missing key or a value of the wrong type.
-        SystemExit: after `--help`, which prints `doc` and the keys with their defaults.
-    """
-    if "--help" in argv or "-h" in argv:
-        keys = [f"  {key}=...  required" for key in required]
-        keys += [f"  {key}={json.dumps(value).strip(chr(34))}" for key, value in defaults.items()]
-        print(doc.strip(), "", "Keys:", *keys, sep="\n")
-        raise SystemExit(0)
-    values: dict[str, Any] = {}
-    for argument in argv:
-        key, equals, value = argument.partition("=")
-        if not equals or key.startswith("-"):
-            example = f"write for example {required[0]}=PATH."
-            raise ConfigError("C102", f"expected key=value, got '{argument}'.", example)
-        if key not in defaults and key not in required:
-            raise ConfigError("C101", f"no key '{key}'{nearest(key, [*required, *defaults])}")
-        if key in values:
-            raise ConfigError("C102", f"{key} is given twice.", "keep one.")
-        values[key] = _convert(key, value, defaults[key]) if key in defaults else value
-    for key in required:
-        if not values.get(key):
-            raise ConfigError("C102", f"{key} is not given.", f"add {key}=PATH; --help lists every key.")
-    return {**defaults, **values}
-
-
-def _convert(key: str, value: str, default: Any) -> Any:
-    if isinstance(default, bool):
-        if value.lower() not in ("true", "false"):
-            raise ConfigError("C102", f"{key}={value}: expected true or false.")
-        return value.lower() == "true"
-    if isinstance(default, int):
-        if not re.fullmatch(r"[0-9]{1,9}", value) or int(value) < 1:
-            raise ConfigError("C102", f"{key}={value}: expected an integer from 1.")
-        return int(value)
-    if default is None:  # a path
-        return value
-    return value.replace("\\n", "\n")  # so that a suffix with a line break can be typed in any shell
 
 
 def ask(
@@ -102,21 +63,25 @@ def ask(
     contrast: tuple[str, str] | None = None,
     progress: bool = True,
     correct: Callable[[Row, str], float] | None = None,
+    method: str = "generate",
+    candidates: Sequence[str] = (),
 ) -> list[dict[str, Any]]:
-    """Ask every question about its image, greedily; one whose `text_only` is true is asked without.
+    """Ask every question about its image, greedily, equal ones once; one whose `text_only` is true without an image.
 
     Args:
         suffix: appended to each question that does not already end in it.
         ablate: what to show instead of the image: none, blank, shuffle or noise; see `vlmpeft.eval.ablate`.
         contrast: two words; `margin` is then logit(first) - logit(second) at the first answer position.
         correct: scores (question, text), from 0 to 1, for the accuracy beside the progress bar.
+        method, candidates: see `method.candidates_of`.
 
     Returns:
-        one row a question, in order: setting (if the question has one), question_id, image, prompt, text, margin.
-        The text is stripped once and otherwise raw.
+        one row a question, in order: setting (if the question has one), question_id, image, prompt, text, margin and,
+        by likelihood, logliks. The text is stripped once and otherwise raw.
 
     Raises:
         DataError: D103 or D120 for an image, before the model is asked anything.
+        EvalError: V605 for a model that cannot answer by likelihood.
         NumericError: N301 if a margin is not finite.
     """
     from tqdm import tqdm
@@ -126,16 +91,21 @@ def ask(
     shown = iter(ablated(bundle, resolve_images(with_image(questions), images), ablate))
     pictures = [(next(shown),) if has_image(question) else () for question in questions]
     prompts = [q["text"] if q["text"].endswith(suffix) else q["text"] + suffix for q in questions]
-    requests = [Request(images=p, prompt=prompt) for p, prompt in zip(pictures, prompts, strict=True)]
+    chosen = candidates_of(method, candidates)
+    requests = [Request(images=p, prompt=prompt, **chosen) for p, prompt in zip(pictures, prompts, strict=True)]
     with tqdm(total=len(requests), unit="question", disable=not progress, mininterval=1.0) as bar:
-        answers = bundle.answer(
+        answers = answer_distinct(
+            bundle,
             requests,
             max_new_tokens=max_new_tokens,
             batch_size=batch_size,
             contrast=contrast,
             on_batch=_progress(bar, questions, correct),
         )
-    return [_row(q, prompt, answer) for q, prompt, answer in zip(questions, prompts, answers, strict=True)]
+    return [
+        {**_row(question, prompt, answer), **logliks_of(answer, candidates if chosen else (), question["question_id"])}
+        for question, prompt, answer in zip(questions, prompts, answers, strict=True)
+    ]
 
 
 def _progress(
@@ -179,6 +149,7 @@ class Evaluate(Protocol):
         batch_size: int,
         max_new_tokens: int,
         ablate: str,
+        progress: bool = True,
     ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
         """Returns: answer rows, metrics."""
 
@@ -189,45 +160,52 @@ def run(
     evaluate: Evaluate,
     about: Mapping[str, str],
     correct: Callable[[Row, str], float] | None = None,
+    show: Callable[[Mapping[str, Any]], None] | None = None,
 ) -> dict[str, Any]:
-    """Evaluate the model of a command line and write out/answers.jsonl and out/metrics.json.
+    """Evaluate the model of a command line in its output folder; see `session.carry_out`.
 
-    Images, output folder and the answers to compare with are checked before the model is loaded. Returns: the metrics,
-    with `compare` if the arguments name a folder of that name; `correct` then judges (question, text).
+    Images, output folder and the answers to compare with are checked before the model is loaded.
+    Args: correct: judges (question, text), for `compare` and the page of wrong answers. show: told the metrics.
+    Returns: the metrics, with `compare` if the arguments name a folder of that name.
     """
     check_ablation(arguments["ablate"])
+    check_method(arguments.get("method", "generate"))
     resolve_images(with_image(questions), arguments["images"])
     other = arguments.get("compare")
     if other:
         texts_of(other, questions)
-    out = prepare_folder(arguments["out"])
+    options: dict[str, Any] = {key: arguments[key] for key in OPTIONS if key in arguments}
 
-    bundle = open_model(arguments["model"], arguments["device"])
-    options = {key: arguments[key] for key in ("suffix", "batch_size", "max_new_tokens", "ablate")}
-    answers, metrics = evaluate(bundle, questions, arguments["images"], **options)
-    if correct and other:
-        metrics = {**metrics, "compare": compare_files(questions, answers, other, correct)}
-    write_rows(out / "answers.jsonl", answers)
-    source = {key: arguments[key] for key in ("model", "questions", "images")}
-    write_json(out / "metrics.json", {**about, **source, **options, **metrics})
-    return metrics
+    def ask_model(bundle: Answerer, progress: bool) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+        quiet: dict[str, Any] = {} if progress else {"progress": False}
+        return evaluate(bundle, questions, arguments["images"], **options, **quiet)
+
+    def compare(answers: Sequence[Row]) -> dict[str, Any]:
+        return {"compare": compare_files(questions, answers, other, correct)} if correct and other else {}
+
+    def wrong(answers: Sequence[Row]) -> list[Wrong]:
+        paths = iter(resolve_images(with_image(questions), arguments["images"]))
+        pictures = [(next(paths),) if has_image(question) else () for question in questions]
+        pairs = zip(questions, pictures, answers, strict=True)
+        return [_wrong(*pair) for pair in pairs if correct and correct(pair[0], pair[2]["text"]) < 1]
+
+    return carry_out(
+        Evaluation(
+            settings={**about, **options, "questions_sha256": digest(questions)},
+            source={key: arguments[key] for key in ("model", "questions", "images")},
+            ask=ask_model,
+            compare=compare if correct and other else None,
+            wrong=wrong if correct else None,
+        ),
+        arguments,
+        show,
+    )
 
 
-def prepare_folder(out: str | Path) -> Path:
-    """Create the output folder. Raises: ConfigError C111 if nothing can be written there."""
-    folder = Path(out)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError("C111", f"out={out}: {error.strerror}.", "choose a folder that can be written.") from error
-    if not os.access(folder, os.W_OK):
-        raise ConfigError("C111", f"out={out} cannot be written.", "choose a folder that can be written.")
-    return folder
-
-
-def table(rows: Sequence[Sequence[str]]) -> str:
-    """Rows of cells as aligned lines: the first column to the left, the others to the right."""
-    widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
-    padded = [[cell.rjust(width) for cell, width in zip(row, widths, strict=True)] for row in rows]
-    lines = ["  ".join([row[0].ljust(widths[0]), *cells[1:]]) for row, cells in zip(rows, padded, strict=True)]
-    return "\n".join(lines)
+def _wrong(question: Row, pictures: tuple[Path, ...], answer: Row) -> Wrong:
+    """A card of the page of wrong answers; of several right answers each is named once."""
+    right = next((question[key] for key in ("label", "answers", "references") if key in question), "")
+    expected = ", ".join(dict.fromkeys(map(str, right))) if isinstance(right, list) else str(right)
+    parsed = None if "parsed" not in answer else str(answer["parsed"])
+    kind = str(question.get("setting", question.get("category", "")))
+    return Wrong(str(question["question_id"]), question["text"], expected, answer["text"], parsed, pictures, kind)

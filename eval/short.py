@@ -154,7 +154,7 @@ def run_model(argv: Sequence[str]) -> None:
     """The command line with model=DIR: writes answers.jsonl and metrics.json into out, prints a table."""
     arguments = parse_arguments(argv, DEFAULTS | OPTIONAL, REQUIRED, __doc__ or "")
     questions = read_rows(arguments["questions"], QUESTION_KEYS)
-    _print_table(run(arguments, questions, evaluate, ABOUT, _judge(questions)))
+    run(arguments, questions, evaluate, ABOUT, _judge(questions), _print_table)
 
 
 def main(argv: Sequence[str]) -> None:

@@ -34,11 +34,12 @@ class FakeBundle:
         self.asked = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "contrast": contrast}
         for request in requests:
             exchange_of(request)  # marks and images agree
-        self.prompts = [request.prompt for request in requests]
-        self.files = [list(request.images) for request in requests]
+        prompts = [request.prompt for request in requests]
+        self.prompts += prompts
+        self.files += [list(request.images) for request in requests]
         opened = [[i if isinstance(i, Image.Image) else open_image(i) for i in r.images] for r in requests]
-        self.shown = [[(i.size, i.getpixel((0, 0))) for i in images] for images in opened]
-        answers = [Answer(self._text(prompt)) for prompt in self.prompts]
+        self.shown += [[(i.size, i.getpixel((0, 0))) for i in images] for images in opened]
+        answers = [Answer(self._text(prompt)) for prompt in prompts]
         for start in range(0, len(answers), batch_size):
             chosen = list(enumerate(answers))[::-1][start : start + batch_size]
             if on_batch:

@@ -20,16 +20,18 @@ FOLDERS = {
 }
 LEVELS: dict[int, str] = {
     4: "adapters __main__ train generate inspect lmar scenes export merge",
-    3: "adapter_soup build checkpoint conversion resume preflight workspace loop run evaluation retention hf_llava "
-    "hf_vlm hf_peft llava_original lmar_heat lmar_samples diagnose eval eval.paths eval.pope eval.rows eval.runner "
-    "eval.short eval.ablate eval.benchmark eval.caption eval.cider eval.compare eval.gqa eval.hallusion eval.harness "
-    "eval.interval eval.mme eval.model eval.mmvet eval.summary eval.vqa eval.vqa_text eval.choices eval.choices_run "
-    "eval.mmmu eval.mmmu_data eval.mmmu_parse eval.scienceqa eval.mmbench eval.iconqa eval.choice",
+    3: "adapter_soup build checkpoint conversion resume preflight workspace loop run evaluation figure retention "
+    "hf_llava hf_vlm hf_peft llava_original lmar_heat lmar_samples diagnose eval eval.paths eval.pope eval.pope_parse "
+    "eval.pope_score eval.rows eval.runner eval.short eval.ablate eval.answer_log eval.arguments eval.asking "
+    "eval.benchmark eval.caption eval.cider eval.compare eval.distinct eval.gqa eval.hallusion eval.harness "
+    "eval.identity eval.method eval.session eval.team eval.wrong_page eval.interval eval.mme eval.model eval.mmvet "
+    "eval.summary eval.vqa eval.vqa_text eval.choices eval.choices_ask eval.choices_run eval.mmmu eval.mmmu_data "
+    "eval.mmmu_parse eval.scienceqa eval.mmbench eval.iconqa eval.choice",
     2: "adapter_files adapter_learn adapter_merge pool config sections yaml_file recipe data_config records data "
     "sample_store sample_text mixture prepare stage features vlm quant quant_memory tune conflicts weights optim "
-    "language tokens hf_chat hf_prompt prefix decode likelihood forward trackers align distributed sharding drift "
-    "diagnose_config report report_attention report_data report_sections report_retention report_style charts "
-    "scene_questions",
+    "language tokens hf_chat hf_prompt prefix decode likelihood loglik forward trackers align distributed sharding "
+    "drift diagnose_config eval_config report report_attention report_data report_sections report_retention "
+    "report_style charts scene_questions",
     1: "vision vision_timm vision_transformers vision_open_clip vision_weights encoder template images projectors "
     "projectors.linear projectors.mlp projectors.ldp projectors.pixel_shuffle projectors.resampler "
     "projectors.qformer projectors.identity tuners tuners.dora tuners.embedding_lora tuners.full tuners.krona "

@@ -195,7 +195,8 @@ def test_command_asks_in_batches_and_compares_two_runs(data: Path, monkeypatch: 
         ("m1", "A", "A", True), ("m2", "A", "A", False), ("3", "A", "A", False), ("m4", "B", "B", True),
     ]  # fmt: skip
     assert metrics["accuracy"] == choice.score(answers, ROWS)["accuracy"] == 0.5
-    assert [pixel for _, pixel in bundle.shown[2]] == [COLOURS["g.png"], COLOURS["r.png"]]
+    shown = next(pictures for pictures in bundle.shown if len(pictures) == 2)
+    assert [pixel for _, pixel in shown] == [COLOURS["g.png"], COLOURS["r.png"]]
     bundle.default = "B"
     compared = asked(data, "second", f"compare={data.parent / 'first'}")[1]["compare"]
     assert {k: compared[k] for k in ("accuracy", "better", "worse", "equal")} == {
@@ -209,6 +210,9 @@ def test_ablated_pictures_are_shown_instead(data: Path, monkeypatch: pytest.Monk
     _, metrics = asked(data, "blank", "ablate=blank")
     assert metrics["ablate"] == "blank"
     assert {s for pictures in bundle.shown for s in pictures} == {((4, 3), (122, 116, 104))}
+    bundle.prompts, bundle.shown = [], []
     asked(data, "shuffled", "ablate=shuffle")
-    pixels = [[pixel for _, pixel in pictures] for pictures in bundle.shown[:2]]
-    assert pixels == [[COLOURS["g.png"]], [COLOURS["r.png"]]]
+    pixels = {prompt: [pixel for _, pixel in of] for prompt, of in zip(bundle.prompts, bundle.shown, strict=True)}
+    starts = ("Colour? <image>", "<image>\nColour?")
+    firsts = [next(seen for prompt, seen in pixels.items() if prompt.startswith(start)) for start in starts]
+    assert firsts == [[COLOURS["g.png"]], [COLOURS["r.png"]]]

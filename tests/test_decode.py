@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import warnings
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -97,11 +96,12 @@ def test_batched_answers_equal_those_one_by_one(
 def test_batches_rather_end_early_than_read_an_image_twice(
     sizes: list[int], batch_size: int, expected: list[int]
 ) -> None:
-    asked: Any = [SimpleNamespace(key=k, length=90 - k) for k, size in enumerate(sizes) for _ in range(size)]
-    made = decode.batches(asked, batch_size)
+    keys = [key for key, size in enumerate(sizes) for _ in range(size)]
+    lengths = [90 - key for key in keys]
+    made = decode.plan_batches(keys, lengths, batch_size)
     assert [len(batch) for batch in made] == expected
-    assert sorted(i for batch in made for i in batch) == list(range(len(asked)))
-    assert [asked[i].length for batch in made for i in batch] == sorted((a.length for a in asked), reverse=True)
+    assert sorted(i for batch in made for i in batch) == list(range(len(keys)))
+    assert [lengths[i] for batch in made for i in batch] == sorted(lengths, reverse=True)
 
 
 def test_answers_without_shared_beginnings_are_the_same(

@@ -21,7 +21,7 @@ from vlmpeft.eval.rows import read_rows, write_json, write_rows
 
 
 class FakeBundle:
-    """Says what it is told, in batches, and remembers how it was asked."""
+    """Says what it is told of each of QUESTIONS, in batches, and remembers how it was asked."""
 
     def __init__(self, texts: Sequence[str], margin: float = 0.5) -> None:
         self.texts, self.margin = texts, margin
@@ -40,7 +40,7 @@ class FakeBundle:
     ) -> list[Answer]:
         self.requests = list(requests)
         self.asked = {"max_new_tokens": max_new_tokens, "contrast": contrast}
-        answers = [Answer(text, self.margin if contrast else None) for text in self.texts[: len(requests)]]
+        answers = [Answer(self._text(request.prompt), self.margin if contrast else None) for request in requests]
         order = list(enumerate(answers))[::-1]  # the last question first: an index belongs to a question, not a place
         for start in range(0, len(order), batch_size):
             batch = order[start : start + batch_size]
@@ -48,6 +48,9 @@ class FakeBundle:
             if on_batch is not None:
                 on_batch(batch)
         return answers
+
+    def _text(self, prompt: str) -> str:
+        return next((t for q, t in zip(QUESTIONS, self.texts, strict=True) if str(q["text"]) in prompt), "Yes")
 
     def blank_image(self, image: Any) -> Image.Image:
         with Image.open(image) as opened:
@@ -159,7 +162,7 @@ def run_pope(tmp_path: Path, images: Path, monkeypatch: pytest.MonkeyPatch, *mor
 
     def load(directory: str, device: str) -> FakeBundle:
         loaded.append((directory, device))
-        return FakeBundle(TEXTS * 2)
+        return FakeBundle(TEXTS)
 
     monkeypatch.setattr(vlmpeft, "load", load, raising=False)
     arguments = ["model=M", f"images={images}", f"out={tmp_path / 'deep' / 'out'}", *more]

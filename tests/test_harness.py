@@ -17,8 +17,9 @@ from vlmpeft.build import Bundle
 from vlmpeft.decode import Request
 from vlmpeft.errors import ConfigError, EvalError
 from vlmpeft.hf_vlm import load_hf
+from vlmpeft.likelihood import Likelihood
 
-CUT = "{max_new_tokens: 9, do_sample: true, temperature: 0.0, until: ['W', '\\x0f']}"
+CUT = "{max_new_tokens: 9, do_sample: true, temperature: 0.0, until: ['s', '\\x0f']}"
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +80,7 @@ def test_answers_are_those_of_the_model_asked_one_by_one(found: Any, bundle: Bun
 def test_several_images_stand_where_the_text_marks_them_and_until_ends_an_answer(found: Any, bundle: Bundle) -> None:
     pairs = [((row["image"], row["second"]), f"<image> or <image>: {row['question']}") for row in rows()]
     whole = [bundle.generate(list(images), prompt, max_new_tokens=9) for images, prompt in pairs]
-    expected = [text.split("W")[0].split("\x0f")[0].strip() for text in whole]
+    expected = [text.split("s")[0].split("\x0f")[0].strip() for text in whole]
     assert responses(found, "two") == [[text] for text in expected]
     assert len(set(whole)) > 2
     assert any(len(cut) < len(text) for cut, text in zip(expected, whole, strict=True))
@@ -89,8 +90,8 @@ def test_multiple_choice_takes_the_smallest_mean_loss(found: Any, bundle: Bundle
     options = ["red", "green", "a blue image"]
     right = 0
     for row, answers in zip(rows(), responses(found, "choice"), strict=True):
-        request = Request((row["image"],), row["question"])
-        losses = [-f.log_probability / f.tokens for f in bundle.likelihoods([(request, o) for o in options])]
+        request = Request((row["image"],), row["question"], tuple(options))
+        losses = [-f.log_probability / f.tokens for f in bundle.likelihoods([request])[0]]
         assert [loss for loss, _ in answers] == pytest.approx(losses, abs=1e-4)
         right += losses.index(min(losses)) == row["gold"]
     assert found["results"]["choice"]["acc,none"] == pytest.approx(right / 6)
@@ -128,9 +129,9 @@ def told(harness: Any, monkeypatch: pytest.MonkeyPatch, documents: list[Any]) ->
         kept.append((requests, options))
         return [SimpleNamespace(text=f"{r.prompt}!") for r in requests]
 
-    def likelihoods(pairs: list[Any], **_: Any) -> list[Any]:
-        kept.append(pairs)
-        return [SimpleNamespace(log_probability=-4.0, tokens=2, greedy=True) for _ in pairs]
+    def likelihoods(requests: list[Request], **_: Any) -> list[Any]:
+        kept.append(requests)
+        return [[Likelihood(-4.0 - len(t), 2, True) for t in request.candidates] for request in requests]
 
     made = SimpleNamespace(answer=answer, likelihoods=likelihoods)
     monkeypatch.setattr(harness, "open_model", lambda name, device: made)
@@ -163,14 +164,12 @@ def test_equal_pictures_are_one_object_so_that_their_questions_share_features(
 
 def test_likelihoods_of_callables_and_without_a_document(harness: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     model, kept = told(harness, monkeypatch, rows())
-    target = lambda doc: doc["answer"]  # noqa: E731
-    asked = [request_of(("?", target, lambda doc: [doc["image"]], 1, "t", "test")), request_of(("", " red"))]
-    found = model.loglikelihood(asked)
-    assert [r.text for r in found] == [(2.0, True)] * 2
-    assert [(request.prompt, len(request.images), text) for request, text in kept[0]] == [
-        ("?", 1, "no"),
-        ("", 0, "red"),
-    ]
+    show = lambda doc: [doc["image"]]  # noqa: E731
+    asked = [("?", lambda doc: doc["answer"], show, 1, "t", "test"), ("", " red"), ("?", " yes", show, 1, "t", "test")]
+    found = model.loglikelihood([request_of(arguments) for arguments in asked])
+    assert [r.text for r in found] == [(3.0, True), (3.5, True), (3.5, True)]
+    asked_of_model = [(request.prompt, len(request.images), request.candidates) for request in kept[0]]
+    assert asked_of_model == [("?", 1, ("no", "yes")), ("", 0, ("red",))]  # one question, its answers together
 
 
 def test_a_video_is_refused_with_task_and_document(harness: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -83,8 +84,9 @@ def test_an_answer_is_that_of_generate_on_what_the_processor_makes(
 
 
 def test_likelihoods_are_the_models_own_loss(model: HFModel, requests: list[Request], pictures: list[Path]) -> None:
-    pairs = [(request, text) for request in requests[:5] for text in ("Yes", "A yellow photo")]
-    found = model.likelihoods(pairs, batch_size=4)
+    candidates = ("Yes", "A yellow photo")
+    asked = [dataclasses.replace(request, candidates=candidates) for request in requests[:5]]
+    found = model.likelihoods(asked, batch_size=4)
     processor, image = model.prompts.processor, Image.open(pictures[1])
     content = [{"type": "image"}, {"type": "text", "text": "Is there a red square?"}]
     text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
@@ -93,10 +95,22 @@ def test_likelihoods_are_the_models_own_loss(model: HFModel, requests: list[Requ
     with torch.no_grad():
         logits = model.model(**inputs).logits[0, -tokens - 1 : -1]
     loss = F.cross_entropy(logits, inputs["input_ids"][0, -tokens:], reduction="sum")
-    assert found[3].log_probability == pytest.approx(-float(loss), abs=1e-3)
-    assert [f.tokens for f in found] == [1, tokens] * 5
-    alone = [model.likelihoods([pair])[0].log_probability for pair in pairs]
-    assert [f.log_probability for f in found] == pytest.approx(alone, abs=1e-3)
+    assert found[1][1].log_probability == pytest.approx(-float(loss), abs=1e-3)
+    assert [tuple(f.tokens for f in row) for row in found] == [(1, tokens)] * 5
+    for request, row in zip(asked, found, strict=True):
+        [alone] = model.likelihoods([request])
+        assert [f.log_probability for f in row] == pytest.approx([f.log_probability for f in alone], abs=1e-3)
+
+
+def test_a_request_with_candidates_is_answered_by_the_likeliest(model: HFModel, requests: list[Request]) -> None:
+    asked = [requests[0], dataclasses.replace(requests[1], candidates=WORDS), requests[4]]
+    plain, chosen, last = model.answer(asked, max_new_tokens=3, contrast=WORDS)
+    [found] = model.likelihoods([asked[1]])
+    assert chosen.logliks == pytest.approx([f.log_probability for f in found], abs=1e-3)
+    assert chosen.text == WORDS[chosen.logliks.index(max(chosen.logliks))]
+    assert chosen.margin == pytest.approx(chosen.logliks[0] - chosen.logliks[1])
+    assert plain.logliks is None
+    assert last == model.answer([requests[4]], max_new_tokens=3, contrast=WORDS)[0]
 
 
 @pytest.fixture(scope="module")
@@ -120,9 +134,8 @@ def test_our_own_model_exported_answers_as_before(
     found = theirs.answer(asked, max_new_tokens=5, contrast=WORDS)
     assert [a.text for a in found] == [a.text for a in expected]
     assert [a.margin for a in found] == pytest.approx([a.margin for a in expected], abs=1e-3)
-    pairs = [(request, letter) for request in asked for letter in "AB"]  # a token each
-    theirs_of, ours_of = ([f.log_probability for f in m.likelihoods(pairs)] for m in (theirs, ours))
-    odds = [[a - b for a, b in zip(f[::2], f[1::2], strict=True)] for f in (theirs_of, ours_of)]
+    letters = [dataclasses.replace(request, candidates=("A", "B")) for request in asked]  # a token each
+    odds = [[a.log_probability - b.log_probability for a, b in m.likelihoods(letters)] for m in (theirs, ours)]
     assert odds[0] == pytest.approx(odds[1], abs=1e-3)  # the export has more rows, which share in the probability
 
 

@@ -1,10 +1,9 @@
-"""Likelihoods of given answers: the language model's own loss, batched or not, beginnings shared or not."""
+"""Likelihoods of given answers: how many tokens they have, and whether the model would say them itself."""
 
 from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -12,15 +11,14 @@ import torch.nn.functional as F
 from test_decode import lively
 
 import vlmpeft
-from vlmpeft import likelihood
-from vlmpeft.batch import IGNORE, collate
+from vlmpeft.batch import collate
 from vlmpeft.build import Bundle
 from vlmpeft.config import load_recipe
-from vlmpeft.decode import Request, answer_ids, exchange_of
-from vlmpeft.errors import ModelError
+from vlmpeft.decode import Request, exchange_of
 from vlmpeft.images import ImageReader
-from vlmpeft.likelihood import Likelihood
-from vlmpeft.template import Exchange, TurnEncoder
+from vlmpeft.template import Exchange
+
+TEXTS = ("Yes", "No", "A photo of a yellow square", "2")
 
 
 @pytest.fixture(scope="module")
@@ -31,79 +29,49 @@ def bundle(tiny_recipe: Path) -> Bundle:
 
 
 @pytest.fixture(scope="module")
-def pairs(data_dir: Path) -> list[tuple[Request, str]]:
-    """Two to four answers a question, with no, one and two images."""
+def requests(data_dir: Path) -> list[Request]:
+    """Questions with no, one and two images; to some the model's own first words are a candidate."""
     first, second = sorted((data_dir / "images").glob("*.png"))[:2]
-    asked = [Request((first,), "Is there a red square?"), Request((), "What is 1 plus 1?")]
-    asked += [Request((first,), "What is shown?"), Request((first, second), "<image> or <image>?")]
-    texts = ["Yes", "No", "A photo of a yellow square", "2"]
-    return [(request, text) for request in asked for text in texts]
+    asked = [Request((first,), "Is there a red square?", TEXTS), Request((), "What is 1 plus 1?", TEXTS[:2])]
+    return [*asked, Request((first,), "What?", TEXTS[1:]), Request((first, second), "<image> or <image>?", TEXTS[:1])]
 
 
 def expected(bundle: Bundle, request: Request, text: str) -> tuple[float, int, bool]:
-    """By the definition: the causal LM's own forward over prompt and answer, one row, no padding."""
+    """By the definition: the causal LM's own loss over the answer, one row, no padding."""
     encoder, read = bundle.turn_encoder(), ImageReader(bundle.image_transform)
-    prompt, words = encoder.encode([exchange_of(request)]), answer_ids(encoder, text)
-    prompt.add(words, supervised=False, turn=0)
-    batch = collate([prompt], [view for image in request.images for view in read(image)])
+    words = bundle.tokenizer(text, add_special_tokens=False)["input_ids"]  # byte-level: no space comes in front
+    whole = encoder.encode([Exchange(exchange_of(request).question, text)])
+    start = len(encoder.encode([exchange_of(request)]).input_ids)
+    assert whole.input_ids[start : start + len(words)] == words
+    batch = collate([whole], [view for image in request.images for view in read(image)])
     with torch.no_grad():
         _, embeddings = bundle.model.embed(batch.input_ids, batch.attention_mask, None, batch.pixel_values)
-        logits = bundle.model.language(inputs_embeds=embeddings).logits[0, -len(words) - 1 : -1]
-    target = torch.tensor(words)
-    loss = F.cross_entropy(logits, target, reduction="sum").item()
-    return -loss, len(words), bool((logits.argmax(-1) == target).all())
+        logits = bundle.model.language(inputs_embeds=embeddings).logits[0, start - 1 : start + len(words) - 1]
+    loss = F.cross_entropy(logits, torch.tensor(words), reduction="sum").item()
+    return -loss, len(words), logits.argmax(-1).tolist() == words
 
 
-def same(found: list[Likelihood], wanted: list[tuple[float, int, bool]]) -> None:
-    assert [(f.tokens, f.greedy) for f in found] == [(w[1], w[2]) for w in wanted]
-    assert [f.log_probability for f in found] == pytest.approx([w[0] for w in wanted], abs=1e-3)
+@pytest.mark.parametrize("batch_size", [1, 3, 16])
+def test_equal_to_the_language_models_own_loss(bundle: Bundle, requests: list[Request], batch_size: int) -> None:
+    found = [row for rows in bundle.likelihoods(requests, batch_size=batch_size) for row in rows]
+    wanted = [expected(bundle, request, text) for request in requests for text in request.candidates]
+    assert [(f.tokens, f.greedy) for f in found] == [(tokens, greedy) for _, tokens, greedy in wanted]
+    assert [f.log_probability for f in found] == pytest.approx([value for value, *_ in wanted], abs=1e-3)
 
 
-@pytest.mark.parametrize("batch_size", [1, 3, 4, 16])
-def test_equal_to_the_language_models_own_loss(
-    bundle: Bundle, pairs: list[tuple[Request, str]], batch_size: int
-) -> None:
-    same(bundle.likelihoods(pairs, batch_size=batch_size), [expected(bundle, *pair) for pair in pairs])
+def test_what_the_model_says_itself_is_greedy_and_nothing_else_is(bundle: Bundle, requests: list[Request]) -> None:
+    image, prompt = requests[0].images, requests[0].prompt
+    words = [t for i in range(len(bundle.tokenizer)) if _is_one(bundle, t := bundle.tokenizer.decode([i]))]
+    [found] = bundle.likelihoods([Request(image, prompt, tuple(words))], batch_size=64)
+    assert len(words) > len(bundle.tokenizer) / 2
+    assert sum(math.exp(f.log_probability) for f in found) <= 1 + 1e-4
+    best = max(found, key=lambda f: f.log_probability)
+    assert all(f.greedy is False for f in found if f is not best)
+    said = bundle.answer([Request(image, prompt)], max_new_tokens=1)[0].text
+    assert best.greedy == (words[found.index(best)].strip() == said)
 
 
-def test_without_shared_beginnings_the_same(
-    bundle: Bundle, pairs: list[tuple[Request, str]], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(likelihood, "can_share", lambda language, length: False)
-    monkeypatch.setattr(likelihood, "read_prefixes", None)
-    same(bundle.likelihoods(pairs, batch_size=5), [expected(bundle, *pair) for pair in pairs])
-
-
-def test_what_the_model_says_itself_is_greedy_and_nothing_else_is(bundle: Bundle, pairs: list[Any]) -> None:
-    request = pairs[0][0]
-    said = bundle.answer([request], max_new_tokens=3)[0].text
-    own, other = bundle.likelihoods([(request, said), (request, said + " Yes No Yes")])
-    assert (own.greedy, other.greedy) == (len(answer_ids(bundle.turn_encoder(), said)) == 3, False)
-    assert other.log_probability < own.log_probability < 0
-
-
-def test_probabilities_of_all_first_tokens_do_not_exceed_one(bundle: Bundle, pairs: list[Any]) -> None:
-    request = pairs[0][0]
-    vocabulary = len(bundle.tokenizer)
-    encoder = bundle.turn_encoder()
-    texts = [t for i in range(vocabulary) if answer_ids(encoder, t := bundle.tokenizer.decode([i])) == [i]]
-    found = bundle.likelihoods([(request, text) for text in texts], batch_size=64)
-    assert len(texts) > vocabulary / 2
-    assert 0 < sum(math.exp(f.log_probability) for f in found) <= 1 + 1e-4
-
-
-@pytest.mark.parametrize("template", ["chatml", "vicuna_v1", "tokenizer", "plain"])
-def test_answer_tokens_are_those_that_training_supervises(bundle: Bundle, template: str) -> None:
-    encoder = TurnEncoder(bundle.tokenizer, template, 4)
-    trained = encoder.encode([Exchange(("What?",), "A red square")])
-    supervised = [i for i, label in zip(trained.input_ids, trained.labels, strict=True) if label != IGNORE]
-    words = answer_ids(encoder, "A red square")
-    assert supervised[: len(words)] == words
-    assert 0 < len(supervised) - len(words) <= 2  # the end of the turn
-    asked = encoder.encode([Exchange(("What?",))])
-    assert [*asked.input_ids, *words] == trained.input_ids[: len(asked.input_ids) + len(words)]
-
-
-def test_an_answer_without_a_token_is_refused(bundle: Bundle, pairs: list[Any]) -> None:
-    with pytest.raises(ModelError, match=r"M518.*the answer ''"):
-        bundle.likelihoods([(pairs[0][0], "")])
+def _is_one(bundle: Bundle, text: str) -> bool:
+    """Whether a text is a token by itself, and one that an answer may hold."""
+    ids = bundle.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    return len(ids) == 1 and bool(text.strip())

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from vlmpeft.eval import mmmu
-from vlmpeft.eval.choices import parse_strict
+from vlmpeft.eval.choices import Item, parse_strict
 from vlmpeft.eval.mmmu_parse import gold_texts, normalise, parse_multi_choice_lmms_eval
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "mmmu_parser.json").read_text(encoding="utf-8"))
@@ -255,6 +255,48 @@ def test_strict_takes_the_letter_alone(response: str) -> None:
 @pytest.mark.parametrize("response", ["", "b", "E", "B Nucleus", "The answer is B", "(B", "B.)", "A B", "**B**"])
 def test_strict_takes_nothing_else(response: str) -> None:
     assert parse_strict(response, FOUR) is None
+
+
+GOLD_OPEN = Item("validation_Math_1", {}, ("steel", "iron"))
+
+
+@pytest.mark.parametrize(
+    ("response", "parsed", "right", "why"),
+    [
+        ("A", "A", True, "A stands for the right text"),
+        ("B", "B", False, 'B stands for "Other Answers"'),
+        ("steel", "A", True, "the only option text in a short answer"),
+        ("It is IRON", "A", True, "in any case, and any of several right texts"),
+        ("copper", None, False, "neither"),
+        ("Other answers", "B", False, "the other option's text"),
+        (
+            "it might well be that all of this is made of nothing but steel",
+            None,
+            False,
+            "longer than twice the options",
+        ),
+        ("", None, False, "nothing"),
+    ],
+)
+def test_vlmevalkit_makes_a_choice_of_two_of_an_open_question(
+    response: str, parsed: str | None, right: bool, why: str
+) -> None:
+    verdict = mmmu.BENCHMARK.judge("vlmevalkit")(GOLD_OPEN, response)
+    assert (verdict.parsed, verdict.correct, verdict.by_chance) == (parsed, right, False), why
+
+
+@pytest.mark.parametrize(
+    ("response", "letter"),
+    [
+        ("B. Nucleus", "B"), ("**B**", "B"), ("[B]", "B"), ("Answer:B", "B"), ("\\boxed{B}", "B"), ("b", None),
+        ("A cell has a nucleus", "B"),  # the fifth word from the end is too far: an option's text decides
+        ("A cell has nuclei", "A"), ("B is what one finds in a cell", None), ("A or B", None), ("B\n", "B"),
+        ("nucleus", "B"), ("the cell wall, not the nucleus", None), ("I don't know", None), ("", None),
+    ],
+)  # fmt: skip
+def test_vlmevalkit_reads_a_choice_by_its_own_rules(response: str, letter: str | None) -> None:
+    verdict = mmmu.BENCHMARK.judge("vlmevalkit")(Item("x", FOUR, "B"), response)
+    assert (verdict.parsed, verdict.by_chance) == (letter, False)
 
 
 def test_one_character_is_normalised_to_two_variants_and_a_number_to_one() -> None:

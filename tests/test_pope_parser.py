@@ -77,6 +77,11 @@ PARSED = [
     ("Yes", "yes", "Yes"),
     ("yes.", "yes", "a full stop is not held against it, as lmms-eval would"),
     ("YES", "yes", "yes is never looked for"),
+    ("yes not", "no", "not after yes decides"),
+    ("I can not tell", "no", "not of another verb counts"),
+    ("no_dog", "yes", "an underscore does not split"),
+    ("no/yes", "yes", "nor does a slash"),
+    ("No\r", "yes", "nor a carriage return"),
 ]
 
 

@@ -8,11 +8,11 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from vlmpeft.decode import Answer
 from vlmpeft.errors import EvalError, run_command
 from vlmpeft.eval import short
 from vlmpeft.eval.rows import read_rows, write_rows
@@ -111,13 +111,12 @@ def test_label_that_is_not_text_is_refused(label: object) -> None:
 
 
 class FakeBundle:
-    """Says TEXTS in order."""
+    """Says of each of QUESTIONS what TEXTS says."""
 
-    def answer(self, requests: Sequence[Any], *, on_batch: Any, contrast: object, **_: object) -> list[Any]:
+    def answer(self, requests: Sequence[Any], *, contrast: object, **_: object) -> list[Answer]:
         assert contrast is None
-        answers = [SimpleNamespace(text=text, margin=None) for text, _ in zip(TEXTS, requests, strict=True)]
-        on_batch(list(enumerate(answers)))
-        return answers
+        told = {str(q["text"]): text for q, text in zip(QUESTIONS, TEXTS, strict=True)}
+        return [Answer(told[request.prompt.removesuffix(short.SUFFIX)]) for request in requests]
 
     def blank_image(self, image: Any) -> Any:
         raise AssertionError("not asked for")

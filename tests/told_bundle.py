@@ -23,7 +23,7 @@ class ToldBundle:
     def answer(
         self, requests: Sequence[Request], *, on_batch: Callable[[Any], None] | None = None, **_: object
     ) -> list[Answer]:
-        self.requests = list(requests)
+        self.requests += requests
         texts = [next(text for key, text in self.told.items() if key in request.prompt) for request in requests]
         answers = [Answer(text) for text in texts]
         if on_batch is not None:

@@ -12,11 +12,12 @@ import torch
 from PIL import Image
 from torch import nn
 
-from vlmpeft.decode import Answer, OnBatch, Request, answer
+from vlmpeft.decode import Answer, OnBatch, Request
 from vlmpeft.errors import EnvironmentFault, ModelError
 from vlmpeft.images import ImageReader, ImageTransform
 from vlmpeft.language import empty_language, fingerprint, load_language, load_tokenizer, width_of
 from vlmpeft.likelihood import Likelihood, likelihoods
+from vlmpeft.loglik import answer_each
 from vlmpeft.parts import Parts
 from vlmpeft.projectors import PROJECTORS
 from vlmpeft.projectors.base import fit_grid
@@ -73,15 +74,15 @@ class Bundle:
         contrast: tuple[str, str] | None = None,
         on_batch: OnBatch | None = None,
     ) -> list[Answer]:
-        """See `decode.answer`."""
-        return answer(
+        """See `loglik.answer_each`."""
+        return answer_each(
             self.model, self.turn_encoder(), self.image_transform, requests,
             max_new_tokens=max_new_tokens, batch_size=batch_size, contrast=contrast, on_batch=on_batch,
         )  # fmt: skip
 
-    def likelihoods(self, pairs: Sequence[tuple[Request, str]], *, batch_size: int = 8) -> list[Likelihood]:
+    def likelihoods(self, requests: Sequence[Request], *, batch_size: int = 8) -> list[tuple[Likelihood, ...]]:
         """See `likelihood.likelihoods`."""
-        return likelihoods(self.model, self.turn_encoder(), self.image_transform, pairs, batch_size=batch_size)
+        return likelihoods(self.model, self.turn_encoder(), self.image_transform, requests, batch_size=batch_size)
 
     def generate(self, images: Any, prompt: str, **options: Any) -> str:
         """Answer one prompt. Args: images: a path or PIL image, a list of them, or None. Options: as `answer`."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+import itertools
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,18 +25,28 @@ from vlmpeft.vlm import VLM
 
 @dataclass(frozen=True)
 class Request:
-    """A question about images. A prompt without `<image>` marks gets one in front for each image."""
+    """A question about images. A prompt without `<image>` marks gets one in front for each image.
+
+    candidates: answers to choose the likeliest of, instead of generating one; see `loglik.likeliest`.
+    per_character: divide each log-likelihood by its candidate's length first.
+    """
 
     images: tuple[Path | Image.Image, ...]
     prompt: str
+    candidates: tuple[str, ...] = ()
+    per_character: bool = False
 
 
 @dataclass(frozen=True)
 class Answer:
-    """text: stripped. margin: logit of the first contrast word minus the second's, at the first answer position."""
+    """text: stripped. margin: logit of the first contrast word minus the second's, at the first answer position.
+
+    logliks: log-likelihood of each of the request's candidates, if it has some.
+    """
 
     text: str
     margin: float | None = None
+    logliks: tuple[float, ...] | None = None
 
 
 OnBatch = Callable[[list[tuple[int, Answer]]], None]
@@ -74,14 +85,14 @@ def answer(
     """
     read = ImageReader(transform)
     asked = [
-        Asked(r, encoder.encode([exchange_of(r)], views=[read.num_views(i) for i in r.images]), adapter)
+        _Asked(r, encoder.encode([exchange_of(r)], views=[read.num_views(i) for i in r.images]), adapter)
         for r, adapter in zip(requests, adapters_of(len(requests)), strict=True)
     ]
     words = None if contrast is None else tuple(_first_token(encoder, word) for word in contrast)
     stops = stop_tokens(encoder)
     answers: dict[int, Answer] = {}
     model.eval()
-    for chosen in batches(asked, batch_size):
+    for chosen in plan_batches([item.key for item in asked], [item.length for item in asked], batch_size):
         rows = [asked[i] for i in chosen]
         with chosen_rows(chosen):
             tokens, logits = _generate(model, read, rows, max_new_tokens, stops)
@@ -105,30 +116,32 @@ def adapters_of(requests: int) -> list[int | None]:
     return list(adapter.tolist())
 
 
-class Asked:
+class _Asked:
     """A request, its encoding, and the key that requests with the same images, beginning and adapter have in common."""
 
     def __init__(self, request: Request, encoding: Encoding, adapter: int | None) -> None:
         self.request, self.encoding = request, encoding
-        images = tuple(str(image) if isinstance(image, str | Path) else id(image) for image in request.images)
         self.shared = shared_length(encoding)
-        self.key = (images, tuple(encoding.input_ids[: self.shared]), adapter)
+        self.key = (images_key(request), tuple(encoding.input_ids[: self.shared]), adapter)
 
     @property
     def length(self) -> int:
         return len(self.encoding.input_ids)
 
 
-def batches(asked: Sequence[Asked], batch_size: int) -> list[list[int]]:
-    """Indices in batches: groups of one key by their longest prompt, then the longest prompts first.
+def images_key(request: Request) -> tuple[str | int, ...]:
+    """Equal for requests about the same images, in this order: files by name, pictures by identity."""
+    return tuple(id(image) if isinstance(image, Image.Image) else str(image) for image in request.images)
+
+
+def plan_batches(keys: Sequence[Hashable], lengths: Sequence[int], batch_size: int) -> list[list[int]]:
+    """Indices in batches, in the order of `together`.
 
     A batch ends early, by a quarter at most, rather than with a part of a group whose images would be read twice.
     """
-    groups: dict[Any, list[int]] = {}
-    for i in sorted(range(len(asked)), key=lambda i: -asked[i].length):
-        groups.setdefault(asked[i].key, []).append(i)  # by their longest prompts, as the first of each comes
     made: list[list[int]] = [[]]
-    for group in groups.values():
+    for _, members in itertools.groupby(together(keys, lengths), key=lambda i: keys[i]):
+        group = list(members)
         room = batch_size - len(made[-1])
         if room < len(group) <= batch_size and 4 * room <= batch_size:
             made.append([])
@@ -139,6 +152,15 @@ def batches(asked: Sequence[Asked], batch_size: int) -> list[list[int]]:
     return [batch for batch in made if batch]
 
 
+def together(keys: Sequence[Hashable], lengths: Sequence[int]) -> list[int]:
+    """Indices in the order of batches: groups of one key by their longest member, then the longest first."""
+    longest: dict[Hashable, int] = {}
+    for key, length in zip(keys, lengths, strict=True):
+        longest[key] = max(longest.get(key, 0), length)
+    rank = {key: i for i, key in enumerate(longest)}
+    return sorted(range(len(keys)), key=lambda i: (-longest[keys[i]], rank[keys[i]], -lengths[i]))
+
+
 def stop_tokens(encoder: TurnEncoder) -> list[int]:
     """Tokens that end an answer: the tokenizer's eos and the last token of the template's end."""
     ends = [s for s in encoder.template.segments([Exchange(("q",), "a")], None) if s.kind == "end"]
@@ -147,7 +169,7 @@ def stop_tokens(encoder: TurnEncoder) -> list[int]:
 
 @torch.no_grad()  # not inference_mode: what a model caches of it could not be used in training again
 def _generate(
-    model: VLM, read: ImageReader, rows: Sequence[Asked], max_new_tokens: int, stops: list[int]
+    model: VLM, read: ImageReader, rows: Sequence[_Asked], max_new_tokens: int, stops: list[int]
 ) -> tuple[Tensor, Tensor]:
     """Continue rows greedily. Returns: new tokens (b, new), logits (b, v) of the first of them in fp32."""
     encodings, keys = [row.encoding for row in rows], [row.key for row in rows]
@@ -200,14 +222,8 @@ def _text(tokenizer: Any, tokens: Sequence[int], stops: Sequence[int]) -> str:
 
 def _first_token(encoder: TurnEncoder, word: str) -> int:
     """The token an answer that starts with `word` starts with, in the encoder's template."""
-    ids = answer_ids(encoder, word)
+    segments = encoder.template.segments([Exchange(("q",), word)], None)
+    ids = next((encoder.segment_ids(s) for s in segments if s.kind == "answer"), ())
     if not ids:
         raise ModelError("M518", f"the tokenizer has no token for '{word}'.")
     return ids[0]
-
-
-def answer_ids(encoder: TurnEncoder, text: str) -> list[int]:
-    """The tokens that say `text` where the encoder's template has an answer, without what ends it."""
-    segments = encoder.template.segments([Exchange(("q",), text)], None)
-    answers = (replace(s, text=text) for s in segments if s.kind == "answer")  # some close the text with more
-    return encoder.segment_ids(next(answers)) if text else []

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs
+from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from vlmpeft.errors import EnvironmentFault, VlmpeftError
@@ -40,16 +40,24 @@ def total(accelerator: Accelerator, value: int | torch.Tensor) -> float:
     return float(accelerator.reduce(torch.as_tensor(value, device=accelerator.device)).item())
 
 
+def of_main(accelerator: Accelerator, find: Callable[[], float | None]) -> float | None:
+    """What the main process finds, known to all."""
+    found = [find() if accelerator.is_main_process else None]
+    broadcast_object_list(found)
+    return found[0]
+
+
 def any_process(accelerator: Accelerator, flag: bool) -> bool:
     """Whether `flag` holds in any process."""
     return flag if accelerator.num_processes == 1 else total(accelerator, int(flag)) > 0
 
 
 @contextlib.contextmanager
-def failing_together(accelerator: Accelerator) -> Iterator[None]:
+def failing_together(accelerator: Accelerator, left: str = "the last checkpoint is good") -> Iterator[None]:
     """Where one process of several fails, the others fail too, and all name the first error.
 
     A process that waits for one that is gone gets a broken connection and is not to blame.
+    Args: left: what there is to go on from.
     Raises: EnvironmentFault E430 in a process that was not the first to fail.
     """
     try:
@@ -66,7 +74,7 @@ def failing_together(accelerator: Accelerator) -> Iterator[None]:
             raise
         why = first or f"it was killed, or did not answer within run.timeout_s ({_line(error)})."
         message = f"{here} ended because another failed first: {why}"
-        raise EnvironmentFault("E430", message, "mend that error; the last checkpoint is good.") from error
+        raise EnvironmentFault("E430", message, f"mend that error; {left}.") from error
 
 
 def _lost_contact(error: BaseException) -> bool:

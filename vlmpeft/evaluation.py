@@ -1,4 +1,4 @@
-"""The questions of a run: asked before training, after it, and once more with the images blanked."""
+"""The questions of a run: asked before training, after it, once more without their images, and to find the best."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ from vlmpeft import fs
 from vlmpeft.build import Bundle
 from vlmpeft.errors import ConfigError
 from vlmpeft.eval import pope, short
-from vlmpeft.eval.runner import read_rows, resolve_images
+from vlmpeft.eval.runner import Answerer, read_rows, resolve_images
 from vlmpeft.recipe import EvalConfig
 
 EVALUATION = "evaluation.json"
 SAMPLES = "samples.jsonl"
+ABLATIONS = ("blank", "shuffle", "noise")
 Rows = list[dict[str, Any]]
 
 
@@ -30,12 +31,12 @@ class Benchmark:
     images: Sequence[Path]
     by_type: bool
 
-    def ask(self, bundle: Bundle, config: EvalConfig, blank: bool) -> tuple[Rows, dict[str, Any]]:
+    def ask(self, bundle: Answerer, config: EvalConfig, ablate: str = "none") -> tuple[Rows, dict[str, Any]]:
         """Returns: answer rows in the order of the questions, metrics."""
         module = short if self.by_type else pope
         answers, metrics = module.evaluate(
             bundle, self.questions, self.folder, suffix=config.suffix, batch_size=config.batch_size,
-            max_new_tokens=config.max_new_tokens, ablate="blank" if blank else "none",
+            max_new_tokens=config.max_new_tokens, ablate=ablate,
         )  # fmt: skip
         return answers, {"name": self.name, **metrics}
 
@@ -54,15 +55,18 @@ def benchmarks(config: EvalConfig, image_folder: str | None) -> list[Benchmark]:
             raise ConfigError("C106", "eval.questions is set, but no image folder.", "set eval.images=DIR.")
         by_type = all("category" in row for row in read_rows(name))
         questions = read_rows(name) if by_type else pope.read_questions(name)
-        found.append(Benchmark(Path(name).stem, questions, folder, resolve_images(questions, folder), by_type))
+        paths = resolve_images(questions, folder)
+        if "shuffle" in config.ablate and len(set(paths)) < 2:
+            raise ConfigError("C106", f"eval.ablate has shuffle, but {name} is about one image.", "use noise.")
+        found.append(Benchmark(Path(name).stem, questions, folder, paths, by_type))
     return found
 
 
 def evaluate(bundle: Bundle, config: EvalConfig, chosen: Sequence[Benchmark], run_dir: Path, moment: str) -> None:
-    """Ask every benchmark and keep metrics and answers under `moment` ("before", "after" or "blank")."""
+    """Ask every benchmark and keep metrics and answers under `moment`: before, after, or one of ABLATIONS."""
     metrics = []
     for benchmark in chosen:
-        answers, scores = benchmark.ask(bundle, config, blank=moment == "blank")
+        answers, scores = benchmark.ask(bundle, config, moment if moment in ABLATIONS else "none")
         metrics.append(scores)
         fs.write_text(
             run_dir / "answers" / f"{benchmark.name}-{moment}.jsonl",

@@ -202,8 +202,8 @@ def acquire(path: Path) -> int:
             owner = os.read(handle, 200).decode("utf-8", "replace").strip() or "another process"
             if error.errno in (errno.EACCES, errno.EAGAIN):
                 os.close(handle)
-                message = f"{owner} trains in {path.parent}."
-                raise CheckpointError("K211", message, "wait for it, or choose another run.dir.") from error
+                message = f"{owner} works in {path.parent}."
+                raise CheckpointError("K211", message, "wait for it, or choose another directory.") from error
             # a file system without locks: the name of the owner is all there is
         if path.exists() and os.path.samestat(os.fstat(handle), path.stat()):
             break  # otherwise its last owner removed it between `open` and `lockf`

@@ -21,16 +21,17 @@ from vlmpeft.errors import EnvironmentFault, ModelError
 from vlmpeft.hf_prompt import ChatPrompts
 from vlmpeft.images import open_image, upright_rgb
 from vlmpeft.likelihood import Likelihood
+from vlmpeft.loglik import by_likelihood, kinds_of
 from vlmpeft.sources import hub_or_cache, require_complete, resolve, unreachable
 
 
 @dataclass(frozen=True)
 class _Asked:
-    """A request as text: number among the requests, prompt, images."""
+    """A request, its number among the requests, and its prompt."""
 
     index: int
+    request: Request
     text: str
-    images: tuple[Path | Image.Image, ...]
 
 
 class HFModel:
@@ -55,30 +56,54 @@ class HFModel:
         on_batch: OnBatch | None = None,
     ) -> list[Answer]:
         """Greedy answers in the order of the requests; see `decode.answer`."""
-        asked = [self._asked(i, request) for i, request in enumerate(requests)]
         answers: dict[int, Answer] = {}
-        for rows in _batches(asked, batch_size):
-            tokens, logits = self._generate(rows, max_new_tokens)
-            texts = self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
-            margins: list[float | None] = [None] * len(rows)
-            if contrast is not None:
-                first, second = (self.prompts.answered(rows[0].text, word)[1][0] for word in contrast)
-                margins = (logits[:, first] - logits[:, second]).tolist()
-            found = [Answer(text.strip(), margin) for text, margin in zip(texts, margins, strict=True)]
-            pairs = list(zip([row.index for row in rows], found, strict=True))
-            answers |= dict(pairs)
+
+        def keep(pairs: list[tuple[int, Answer]]) -> None:
+            answers.update(pairs)
             if on_batch:
                 on_batch(pairs)
+
+        for numbers in kinds_of(requests):
+            asked = [self._asked(i, requests[i]) for i in numbers]
+            for rows in _batches(asked, batch_size):
+                if rows[0].request.candidates:
+                    scored = self._choose(rows)
+                    pairs = zip(rows, scored, strict=True)
+                    keep([(row.index, by_likelihood(row.request, found, contrast)) for row, found in pairs])
+                else:
+                    keep(self._answers(rows, max_new_tokens, contrast))
         return [answers[i] for i in range(len(requests))]
 
-    def likelihoods(self, pairs: Sequence[tuple[Request, str]], *, batch_size: int = 8) -> list[Likelihood]:
-        """How likely each answer is; see `likelihood.likelihoods`. Raises: ModelError M518 for one without a token."""
-        asked = [self._asked(i, request) for i, (request, _) in enumerate(pairs)]
-        found: dict[int, Likelihood] = {}
+    def _answers(
+        self, rows: Sequence[_Asked], max_new_tokens: int, contrast: tuple[str, str] | None
+    ) -> list[tuple[int, Answer]]:
+        """Generated answers with the numbers of their requests."""
+        tokens, logits = self._generate(rows, max_new_tokens)
+        texts = self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+        margins: list[float | None] = [None] * len(rows)
+        if contrast is not None:
+            first, second = (self.prompts.answered(rows[0].text, word)[1][0] for word in contrast)
+            margins = (logits[:, first] - logits[:, second]).tolist()
+        found = [Answer(text.strip(), margin) for text, margin in zip(texts, margins, strict=True)]
+        return list(zip([row.index for row in rows], found, strict=True))
+
+    def likelihoods(self, requests: Sequence[Request], *, batch_size: int = 8) -> list[tuple[Likelihood, ...]]:
+        """How likely each candidate of each request is; see `likelihood.likelihoods`."""
+        asked = [self._asked(i, request) for i, request in enumerate(requests)]
+        found: dict[int, tuple[Likelihood, ...]] = {}
         for rows in _batches(asked, batch_size):
-            scored = self._score(rows, [pairs[row.index][1] for row in rows])
-            found |= dict(zip([row.index for row in rows], scored, strict=True))
-        return [found[i] for i in range(len(pairs))]
+            found |= dict(zip([row.index for row in rows], self._choose(rows), strict=True))
+        return [found[i] for i in range(len(requests))]
+
+    def _choose(self, rows: Sequence[_Asked]) -> list[tuple[Likelihood, ...]]:
+        """Likelihoods of the rows' candidates: as many rows a forward as there are questions."""
+        pairs = [(row, text) for row in rows for text in row.request.candidates]
+        made: list[Likelihood] = []
+        for start in range(0, len(pairs), len(rows)):
+            some = pairs[start : start + len(rows)]
+            made += self._score([row for row, _ in some], [text for _, text in some])
+        left = iter(made)
+        return [tuple(next(left) for _ in row.request.candidates) for row in rows]
 
     def generate(self, images: Any, prompt: str, **options: Any) -> str:
         """As `Bundle.generate`."""
@@ -97,10 +122,10 @@ class HFModel:
         return Image.new("RGB", _opened(image).size, (r, g, b))
 
     def _asked(self, index: int, request: Request) -> _Asked:
-        return _Asked(index, self.prompts.text(exchange_of(request).question), request.images)
+        return _Asked(index, request, self.prompts.text(exchange_of(request).question))
 
     def _inputs(self, rows: Sequence[_Asked], texts: Sequence[str], side: str) -> Any:
-        images = [[_opened(image) for image in row.images] for row in rows]
+        images = [[_opened(image) for image in row.request.images] for row in rows]
         return self.prompts.inputs(texts, images, side).to(self.model.device, self.model.dtype)
 
     @torch.no_grad()
@@ -185,7 +210,7 @@ def _batches(asked: Sequence[_Asked], batch_size: int) -> list[list[_Asked]]:
     """Longest prompts first; those with images apart from those without, which processors take in another form."""
     made = []
     for shown in (True, False):
-        rows = sorted((a for a in asked if bool(a.images) == shown), key=lambda a: -len(a.text))
+        rows = sorted((a for a in asked if bool(a.request.images) == shown), key=lambda a: -len(a.text))
         made += [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
     return made
 

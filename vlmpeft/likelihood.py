@@ -1,25 +1,30 @@
-"""How likely given answers are: one forward a batch, images and beginnings that answers share read once.
+"""How likely given answers are: one forward, nothing generated.
 
-Letters: b rows, s sequence, m answer tokens, v vocabulary.
+The log-likelihood of an answer is the sum over its tokens of log p(token | prompt, tokens before it), tokenised as in
+training, without the tokens that end a turn. Answers of one token, letters or yes and no, are all read from the
+same position, so their question is one row; longer answers take a row each, behind a common image that is read once.
+
+Letters: b rows, s sequence, c answers, n tokens of the longest answer, v vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from vlmpeft.batch import IGNORE, IMAGE_TOKEN_ID, Batch, collate
-from vlmpeft.decode import Asked, Request, adapters_of, answer_ids, batches, exchange_of
+from vlmpeft.batch import IGNORE, IMAGE_TOKEN_ID, collate
+from vlmpeft.decode import Request, adapters_of, exchange_of, images_key, together
 from vlmpeft.errors import ModelError
 from vlmpeft.images import ImageReader, ImageTransform
 from vlmpeft.language import hidden_states, logits_of
-from vlmpeft.prefix import can_share, piece_of, read_prefixes
+from vlmpeft.prefix import can_share, part, read_prefixes, shared_length
 from vlmpeft.routed import routed
 from vlmpeft.routing import chosen_rows, position_ids, routing_of
-from vlmpeft.template import Encoding, TurnEncoder
+from vlmpeft.template import Encoding, Exchange, TurnEncoder
 from vlmpeft.vlm import VLM
 
 
@@ -32,77 +37,167 @@ class Likelihood:
     greedy: bool
 
 
+OnScored = Callable[[list[int], list[tuple[Likelihood, ...]]], None]
+
+
 def likelihoods(
     model: VLM,
     encoder: TurnEncoder,
     transform: ImageTransform,
-    pairs: Sequence[tuple[Request, str]],
+    requests: Sequence[Request],
     *,
     batch_size: int = 8,
-) -> list[Likelihood]:
-    """How likely a model is to answer each request with the text beside it; what ends an answer does not count.
+    on_batch: OnScored | None = None,
+) -> list[tuple[Likelihood, ...]]:
+    """How likely a model is to answer each request by each of its candidates.
 
-    Returns: in the order of `pairs`; the same as one by one.
-    Raises: ModelError M518 for an answer without a token.
+    Args:
+        batch_size: rows of a forward, unless one request has more; questions about the same images go together.
+        on_batch: told the numbers of the requests of every batch, and what was found.
+
+    Returns: in the order of the requests and their candidates; the same as one by one.
+    Raises: ModelError M518 for a candidate without tokens.
     """
     read = ImageReader(transform)
-    asked = [
-        Asked(r, _encoding(encoder, r, text, [read.num_views(i) for i in r.images]), adapter)
-        for (r, text), adapter in zip(pairs, adapters_of(len(pairs)), strict=True)
-    ]
-    found: dict[int, Likelihood] = {}
+    pairs = enumerate(zip(requests, adapters_of(len(requests)), strict=True))
+    items = [_item(encoder, read, number, request, adapter) for number, (request, adapter) in pairs]
+    found: dict[int, tuple[Likelihood, ...]] = {}
     model.eval()
-    for chosen in batches(asked, batch_size):
-        with chosen_rows(chosen):
-            scored = _score(model, read, [asked[i] for i in chosen])
+    for chosen in _batches(items, batch_size):
+        batch = [items[number] for number in chosen]
+        with chosen_rows([row.number for item in batch for row in item.rows]):
+            scored = _score(model, read, batch)
         found |= dict(zip(chosen, scored, strict=True))
-    return [found[i] for i in range(len(pairs))]
+        if on_batch:
+            on_batch(chosen, scored)
+    return [found[number] for number in range(len(requests))]
 
 
-def _encoding(encoder: TurnEncoder, request: Request, text: str, views: Sequence[int]) -> Encoding:
-    """The request with `text` for an answer; only that carries labels."""
-    ids = answer_ids(encoder, text)
-    if not ids:
-        raise ModelError("M518", f"the tokenizer has no token for the answer {text!r:.80}.")
-    encoding = encoder.encode([exchange_of(request)], views=views)
-    encoding.add(ids, supervised=True, turn=0)
-    return encoding
+@dataclass(frozen=True)
+class _Row:
+    """What one row of a forward reads: a prompt of so many tokens, and an answer but for its last token."""
+
+    number: int  # of the request
+    request: Request
+    adapter: int | None
+    encoding: Encoding
+    prompt: int
+
+    @property
+    def key(self) -> Any:
+        """Equal where rows begin with the same images and ids."""
+        return images_key(self.request), self.inputs[: shared_length(self.encoding)], self.adapter
+
+    @property
+    def inputs(self) -> tuple[int, ...]:
+        return tuple(self.encoding.input_ids)
+
+    @property
+    def answers(self) -> int:
+        """Positions, the last ones, that predict the answer's tokens."""
+        return len(self.encoding.input_ids) - self.prompt + 1
+
+
+@dataclass(frozen=True)
+class _Item:
+    """A request as rows: of every candidate its row, counted within the request, and its tokens."""
+
+    rows: tuple[_Row, ...]
+    candidates: tuple[tuple[int, tuple[int, ...]], ...]
+
+
+def _item(encoder: TurnEncoder, read: ImageReader, number: int, request: Request, adapter: int | None) -> _Item:
+    views = [read.num_views(image) for image in request.images]
+    question = exchange_of(request).question
+    rows: dict[tuple[int, ...], _Row] = {}
+    candidates = []
+    for text in request.candidates:
+        whole = encoder.encode([Exchange(question, text)], views=views)
+        start, tokens = _answer_tokens(encoder, whole, text)
+        row = _Row(number, request, adapter, part(whole, 0, start + len(tokens) - 1), start)
+        rows.setdefault(row.inputs, row)
+        candidates.append((list(rows).index(row.inputs), tokens))
+    return _Item(tuple(rows.values()), tuple(candidates))
+
+
+def _answer_tokens(encoder: TurnEncoder, whole: Encoding, text: str) -> tuple[int, tuple[int, ...]]:
+    """Where a conversation's answer starts, and its tokens without those that end the turn."""
+    ends = [s for s in encoder.template.segments([Exchange(("q",), text)], None) if s.kind == "end"]
+    supervised = [i for i, label in enumerate(whole.labels) if label != IGNORE]
+    kept = supervised[: len(supervised) - sum(len(encoder.segment_ids(segment)) for segment in ends)]
+    if not kept:
+        raise ModelError("M518", f"the tokenizer has no token for '{text}'.")
+    return kept[0], tuple(whole.input_ids[i] for i in kept)
+
+
+def _batches(items: Sequence[_Item], batch_size: int) -> list[list[int]]:
+    """Numbers of requests: as many as `batch_size` rows hold, at least one."""
+    keys = [item.rows[0].key for item in items]
+    order = together(keys, [max(len(row.inputs) for row in item.rows) for item in items])
+    batches: list[list[int]] = []
+    room = 0
+    for number in order:
+        size = len(items[number].rows)
+        if size > room:
+            batches.append([])
+            room = max(batch_size, size)
+        batches[-1].append(number)
+        room -= size
+    return batches
 
 
 @torch.no_grad()
-def _score(model: VLM, read: ImageReader, rows: Sequence[Asked]) -> list[Likelihood]:
-    device = model.language.get_input_embeddings().weight.device
-    keys, first_of = [row.key for row in rows], {row.key: row.request for row in reversed(rows)}
-    views_of = {key: [v for image in request.images for v in read(image)] for key, request in first_of.items()}
-    begun = all(row.shared and row.encoding.labels[row.shared] == IGNORE for row in rows)
-    if begun and len(first_of) < len(rows) and can_share(model.language, max(row.length for row in rows)):
-        views = [view for key in dict.fromkeys(keys) for view in views_of[key]]
-        cache, mask = read_prefixes(model, [row.encoding for row in rows], keys, views)
-        rest = collate([piece_of(r.encoding, r.shared, None) for r in rows], side="left").to(device)
-        logits = _continued(model, rest, cache, mask)
-    else:
-        rest = collate([r.encoding for r in rows], [v for key in keys for v in views_of[key]]).to(device)
-        logits = model(**rest.tensors()).logits
-    return _likelihoods(logits.float(), rest)
+def _score(model: VLM, read: ImageReader, items: Sequence[_Item]) -> list[tuple[Likelihood, ...]]:
+    """Of every item those of its candidates."""
+    rows = [row for item in items for row in item.rows]
+    longest = max(row.answers for row in rows)
+    hidden = _hidden(model, read, rows)[:, -longest:]
+    log_probs = logits_of(model.language, hidden).float().log_softmax(-1)  # (b, n, v)
+    at, tokens, real, start = [], [], [], 0
+    for item in items:
+        for row, ids in item.candidates:
+            padding = longest - len(ids)
+            at.append(start + row)
+            tokens.append([0] * padding + list(ids))
+            real.append([False] * padding + [True] * len(ids))
+        start += len(item.rows)
+    device = log_probs.device
+    given, padded = torch.tensor(tokens, device=device), ~torch.tensor(real, device=device)  # (c, n)
+    place = torch.tensor(at, device=device)
+    picked = log_probs[place[:, None], torch.arange(longest, device=device)[None], given]
+    sums = picked.masked_fill(padded, 0).double().sum(-1).tolist()
+    greedy = ((log_probs.argmax(-1)[place] == given) | padded).all(-1).tolist()
+    counts = [len(ids) for item in items for _, ids in item.candidates]
+    made = iter([Likelihood(*row) for row in zip(sums, counts, greedy, strict=True)])
+    return [tuple(next(made) for _ in item.candidates) for item in items]
 
 
-def _continued(model: VLM, rest: Batch, cache: object, mask: Tensor) -> Tensor:
-    """Logits (m, v) before every answer token, of rows whose beginnings are in the cache."""
-    language = model.language
+def _hidden(model: VLM, read: ImageReader, rows: Sequence[_Row]) -> Tensor:
+    """Hidden states of rows, aligned at their ends. Returns: (b, s, width)."""
+    keys, encodings = [row.key for row in rows], [row.encoding for row in rows]
+    first = {row.key: row.request for row in reversed(rows)}
+    views = {key: [view for image in request.images for view in read(image)] for key, request in first.items()}
+    shared = [shared_length(encoding) for encoding in encodings]
+    worth = len(first) < len(rows) and any(shared) and all(s < row.prompt for s, row in zip(shared, rows, strict=True))
+    if worth and can_share(model.language, max(len(row.inputs) for row in rows)):
+        return _read_shared(model, encodings, keys, [view for key in dict.fromkeys(keys) for view in views[key]])
+    return _read_each(model, encodings, [view for key in keys for view in views[key]])
+
+
+def _read_each(model: VLM, encodings: Sequence[Encoding], views: Sequence[Tensor]) -> Tensor:
+    batch = collate(encodings, views, side="left").to(model.language.get_input_embeddings().weight.device)
+    routing, embeddings = model.embed(batch.input_ids, batch.attention_mask, batch.labels, batch.pixel_values)
+    with routed(routing):
+        positions = position_ids(batch.attention_mask, None)
+        return hidden_states(model.language, embeddings, batch.attention_mask, positions)
+
+
+def _read_shared(model: VLM, encodings: Sequence[Encoding], keys: Sequence[Any], views: Sequence[Tensor]) -> Tensor:
+    """As `_read_each`, what rows of equal keys begin with read once. Args: views: of the different keys, in order."""
+    table = model.language.get_input_embeddings()
+    cache, mask = read_prefixes(model, encodings, keys, views)
+    rest = collate([part(e, shared_length(e), None) for e in encodings], side="left").to(table.weight.device)
     mask = torch.cat([mask, rest.attention_mask], 1)
     positions = position_ids(mask, None)[:, -rest.input_ids.shape[1] :]
     with routed(routing_of(rest.input_ids, rest.attention_mask, rest.labels, IMAGE_TOKEN_ID, (0, 1))):
-        embeddings = language.get_input_embeddings()(rest.input_ids)
-        hidden = hidden_states(language, embeddings, mask, positions, cache)
-    return logits_of(language, hidden.flatten(0, 1)[rest.supervised])
-
-
-def _likelihoods(logits: Tensor, batch: Batch) -> list[Likelihood]:
-    """Args: logits (m, v) at `batch.supervised`. Returns: one a row."""
-    counts = (batch.labels != IGNORE).sum(1).tolist()
-    targets = batch.labels[batch.labels != IGNORE]  # (m,), row by row as the logits
-    chosen = logits.log_softmax(-1).gather(1, targets[:, None])[:, 0]
-    first = logits.argmax(-1) == targets
-    sums = torch.stack([row.sum() for row in chosen.split(counts)]).tolist()
-    greedy = torch.stack([row.all() for row in first.split(counts)]).tolist()
-    return [Likelihood(*row) for row in zip(sums, counts, greedy, strict=True)]
+        return hidden_states(model.language, table(rest.input_ids), mask, positions, cache)

@@ -11,6 +11,7 @@ import json
 import math
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from vlmpeft import checkpoint, fs, resume, sharding
 from vlmpeft.build import Bundle, enter_stage
 from vlmpeft.data import Loaded, Samples, load_batches, micro_batches
 from vlmpeft.diagnose import Diagnosis
-from vlmpeft.distributed import any_process, total
+from vlmpeft.distributed import any_process, of_main, total
 from vlmpeft.drift import Drift
 from vlmpeft.errors import EnvironmentFault, NumericError
 from vlmpeft.forward import before_step, calibrate, checkpoint_activations, held_out_loss, loss_of
@@ -31,7 +32,7 @@ from vlmpeft.manifest import verify
 from vlmpeft.optim import lr_factor, make_optimizer, parameter_groups, set_lr
 from vlmpeft.recipe import RunConfig, Stage
 from vlmpeft.resume import Position
-from vlmpeft.stage import StageData, StageResult, counter_seed, planned, total_steps
+from vlmpeft.stage import Figure, StageData, StageResult, counter_seed, planned, total_steps
 from vlmpeft.stopping import Preempted, StopSignal
 
 METRICS = "metrics.jsonl"
@@ -45,14 +46,16 @@ class StageTrainer:
         run_dir: where checkpoints and metrics go.
         position: where to go on; `position.stage` is this stage's index.
         facts: what a checkpoint's manifest records about the data.
+        figure: of an evaluation, by which the best state of the stage is known instead of the held-out loss.
     """
 
     def __init__(
         self, bundle: Bundle, name: str, stage: Stage, data: StageData, run: RunConfig, run_dir: Path,
-        accelerator: Accelerator, position: Position, facts: dict[str, Any],
+        accelerator: Accelerator, position: Position, facts: dict[str, Any], figure: Figure | None = None,
     ) -> None:  # fmt: skip
         self.bundle, self.name, self.stage, self.data, self.run = bundle, name, stage, data, run
         self.run_dir, self.accelerator, self.position, self.facts = run_dir, accelerator, position, facts
+        self.figure = figure
         enter_stage(bundle, stage)
         checkpoint_activations(bundle.model.language, stage.gradient_checkpointing)
         calibrate(accelerator, bundle.tuned, data, run.seed)
@@ -199,22 +202,19 @@ class StageTrainer:
         return any_process(self.accelerator, stop.received)
 
     def _evaluation_due(self, step: int) -> bool:
-        every = self.run.eval_every
-        return bool(self.data.held_out) and (step == self.total or (every > 0 and step % every == 0))
+        every, wanted = self.run.eval_every, bool(self.data.held_out) or self.figure is not None
+        return wanted and (step == self.total or (every > 0 and step % every == 0))
 
     def _evaluate(self, model: Any, stop: StopSignal) -> bool:
-        """Evaluate on the held-out samples. Returns: whether the stage has never been better; no after SIGTERM."""
-        loss = self.held_out_loss(model, stop)
-        if loss is None:
+        """Evaluate where the stage stands. Returns: whether it has never been better; no after SIGTERM."""
+        loss = self.held_out_loss(model, stop) if self.data.held_out else None
+        figure = of_main(self.accelerator, partial(self.figure, lambda: stop.received)) if self.figure else None
+        if (self.data.held_out and loss is None) or (self.figure is not None and figure is None):
             return False
-        self._log(eval_loss=loss)
-        here = self.position
-        improved = here.best_loss is None or loss < here.best_loss
-        if improved:
-            self.position = replace(here, evaluated=True, best_loss=loss, best_step=here.total, bad_evals=0)
-        else:
-            self.position = replace(here, evaluated=True, bad_evals=here.bad_evals + 1)
-        return improved
+        found = {"eval_loss": loss, self.figure.name if self.figure else "": figure}
+        self._log(**{key: value for key, value in found.items() if value is not None})
+        self.position = self.position.judged(loss, figure)
+        return self.position.bad_evals == 0
 
     def held_out_loss(self, model: Any, stop: StopSignal) -> float | None:
         """Loss per supervised token over the held-out samples; None if SIGTERM came in between.

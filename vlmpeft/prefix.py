@@ -61,7 +61,7 @@ def generate_shared(
     language = model.language
     table = language.get_input_embeddings()
     cache, mask = read_prefixes(model, encodings, keys, views)
-    rest = collate([piece_of(e, shared_length(e), None) for e in encodings], side="left").to(table.weight.device)
+    rest = collate([part(e, shared_length(e), None) for e in encodings], side="left").to(table.weight.device)
     mask = torch.cat([mask, rest.attention_mask], 1)
     positions = position_ids(mask, None)[:, -rest.input_ids.shape[1] :]
     with routed(text_routing(rest.attention_mask, answer=False)):
@@ -84,12 +84,15 @@ def generate_shared(
 def read_prefixes(
     model: VLM, encodings: Sequence[Encoding], keys: Sequence[Hashable], views: Sequence[Tensor]
 ) -> tuple[Any, Tensor]:
-    """Keys and values of every different beginning. Returns: cache and mask (b, s), a row each of `encodings`."""
+    """Keys and values of every different beginning. Args: as `generate_shared`.
+
+    Returns: cache and mask (b, s), a row each of `encodings`.
+    """
     from transformers import DynamicCache
 
     different = dict(zip(keys, encodings, strict=True))
     order = list(dict.fromkeys(keys))
-    prefixes = [piece_of(different[key], 0, shared_length(different[key])) for key in order]
+    prefixes = [part(different[key], 0, shared_length(different[key])) for key in order]
     batch = collate(prefixes, views, side="left").to(model.language.get_input_embeddings().weight.device)
     cache = DynamicCache(config=model.language.config)
     positions = position_ids(batch.attention_mask, None)
@@ -102,6 +105,6 @@ def read_prefixes(
     return cache, batch.attention_mask[index]
 
 
-def piece_of(encoding: Encoding, start: int, stop: int | None) -> Encoding:
-    """The tokens `start` to `stop` of an encoding."""
+def part(encoding: Encoding, start: int, stop: int | None) -> Encoding:
+    """The tokens from `start` to before `stop`."""
     return Encoding(encoding.input_ids[start:stop], encoding.labels[start:stop], encoding.turns[start:stop])

@@ -58,6 +58,9 @@ def refuse_sharded(recipe: Recipe) -> None:
     """Raise EnvironmentFault E433 for what FSDP2 cannot spread: it cuts tensors along their first axis."""
     ours = [f"stages.{name}.optim.name={s.optim.name}" for name, s in recipe.stages.items() if s.optim.name != "adamw"]
     found = ([f"quant.bits={recipe.quant.bits}"] if recipe.quant.bits else []) + ours
+    if recipe.run.best_by != "loss":
+        message = f"run.best_by={recipe.run.best_by} asks one process's whole model, which FSDP2 has spread over all."
+        raise EnvironmentFault("E433", message, "launch with recipes/launch/ddp.yaml, or set run.best_by=loss.")
     if found:
         message = f"{found[0]} keeps blocks of values under one scale, which FSDP2 would cut apart."
         raise EnvironmentFault("E433", message, "launch with recipes/launch/ddp.yaml.")

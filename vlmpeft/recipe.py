@@ -9,6 +9,7 @@ from typing import Any, Literal
 from vlmpeft.data_config import DataConfig as DataConfig
 from vlmpeft.data_config import DataFile as DataFile
 from vlmpeft.diagnose_config import DiagnoseConfig as DiagnoseConfig
+from vlmpeft.eval_config import EvalConfig as EvalConfig
 from vlmpeft.quant import QuantConfig as QuantConfig
 from vlmpeft.tuners.base import Tuner, check
 
@@ -160,25 +161,6 @@ class AlignConfig:
 
 
 @dataclass(frozen=True)
-class EvalConfig:
-    """Questions asked before the first stage, after the last, and once more with the images blanked.
-
-    questions: files, comma-separated.
-    """
-
-    questions: str | None = None
-    images: str | None = None
-    suffix: str = "\nAnswer the question using a single word or phrase."
-    max_new_tokens: int = 16
-    batch_size: int = 16
-    blank: bool = True
-
-    def __post_init__(self) -> None:
-        check(self.max_new_tokens >= 1, "eval.max_new_tokens", self.max_new_tokens, "at least 1")
-        check(self.batch_size >= 1, "eval.batch_size", self.batch_size, "at least 1")
-
-
-@dataclass(frozen=True)
 class RetentionConfig:
     """Text alone, before the first stage and after the last: what the language model still knows; see `retention`.
 
@@ -200,7 +182,8 @@ class RunConfig:
     save_every, eval_every: optimizer steps, 0 for the end of a stage only. keep: newest checkpoints kept. patience:
     evaluations without a better loss before a stage ends early, 0 for never. trackers: names accelerate knows.
     dry_run: print what would train, from config.json files alone, and stop. timeout_s: seconds a process waits for the
-    others; longer than the evaluations, which one process makes while the others wait.
+    others; longer than the evaluations, which one process makes while the others wait. best_by: what chooses the best
+    checkpoint: "loss" on held-out samples, or in the last stage a figure of eval.questions, as "eval.pope.accuracy".
     """
 
     dir: str = "runs/run"
@@ -214,6 +197,7 @@ class RunConfig:
     eval_every: int = 0
     keep: int = 2
     patience: int = 0
+    best_by: str = "loss"
     trackers: tuple[str, ...] = ()
     project: str = "vlmpeft"
     dry_run: bool = False

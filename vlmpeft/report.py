@@ -8,7 +8,7 @@ import json
 from collections.abc import Callable
 from html import escape
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from PIL import Image, ImageOps
 
@@ -60,10 +60,10 @@ def _page(run: Run) -> str:
 """
 
 
-def thumbnail(path: Path) -> str:
-    """A data URI of the picture as JPEG, at most THUMBNAIL pixels wide and high; "" if it cannot be read."""
+def thumbnail(picture: Path | IO[bytes]) -> str:
+    """A data URI of a picture as JPEG, at most THUMBNAIL pixels wide and high; "" if it cannot be read."""
     try:
-        with Image.open(path) as image:
+        with Image.open(picture) as image:
             image.draft("RGB", (THUMBNAIL * 2, THUMBNAIL * 2))
             small = ImageOps.exif_transpose(image)
             small.thumbnail((THUMBNAIL, THUMBNAIL))

@@ -11,13 +11,14 @@ from vlmpeft.report_attention import attention
 from vlmpeft.report_data import Row, Run, dicts, duration, figure, interval, num, percent
 
 GROUPS = 6  # most learning rates drawn
-STATES = (("before", "Before"), ("after", "After"), ("blank", "Image blanked"))
+ABLATED = (("blank", "Image blanked"), ("shuffle", "Another image"), ("noise", "Noise for image"))
+STATES = (("before", "Before"), ("after", "After"), *ABLATED)
 MEASURES = {"accuracy": "Accuracy", "f1": "F1", "precision": "Precision", "recall": "Recall", "auc": "AUC"}
 NEUTRAL = {"yes_ratio": "Answered yes"}  # neither more nor less is better
 
 
 def pick(run: Run, state: str, name: str) -> Row:
-    """The metrics of benchmark `name` in one state ("before", "after", "blank")."""
+    """The metrics of benchmark `name` in one of STATES."""
     return next((m for m in dicts(run.evaluation.get(state)) if str(m.get("name", "")) == name), {})
 
 
@@ -31,8 +32,9 @@ def _tile(label: str, value: str, note: str = "", look: str = "") -> str:
 
 
 def _accuracy_tiles(run: Run, name: str) -> list[str]:
-    """Accuracy before -> after with its 95 % interval, and with the image blanked."""
-    before, after, blank = (percent(pick(run, state, name).get("accuracy")) for state, _ in STATES)
+    """Accuracy before -> after with its 95 % interval, and without the image."""
+    accuracy = {state: percent(pick(run, state, name).get("accuracy")) for state, _ in STATES}
+    before, after = accuracy["before"], accuracy["after"]
     title, tiles, n = name or "Benchmark", [], num(pick(run, "after", name).get("n"))
     if after is not None:
         notes = [f"{after - before:+.1f} points"] if before is not None else []
@@ -41,9 +43,10 @@ def _accuracy_tiles(run: Run, name: str) -> list[str]:
             notes.append(f"95 % interval {low:.1f} to {high:.1f}, n = {n:,.0f}")
         start = f"<i>{before:.1f}</i><em>→</em>" if before is not None else ""
         tiles.append(_tile(f"{title} accuracy, %", f"{start}{after:.1f}", "; ".join(notes), "key"))
-    if blank is not None:
-        note = f"{blank - after:+.1f} points against the real image" if after is not None else ""
-        tiles.append(_tile(f"{title}, image blanked, %", f"{blank:.1f}", note))
+    for state, label in ABLATED:
+        if (without := accuracy[state]) is not None:
+            note = f"{without - after:+.1f} points against the real image" if after is not None else ""
+            tiles.append(_tile(f"{title}, {label[0].lower()}{label[1:]}, %", f"{without:.1f}", note))
     return tiles
 
 
@@ -123,6 +126,10 @@ def _stage(run: Run, name: str, stage: Row) -> str:
         for width, height in ((1080, 340), (400, 280))
     ]  # fmt: skip
     small = [_rates(run, name)]
+    for key in dict.fromkeys(k for row in run.metrics for k in row if k.startswith("eval.")):  # of run.best_by
+        if points := run.curve(name, key):
+            marked = [Series(key, points, "dots", 1)]
+            small.append(line_chart(key, marked, "optimiser step", "higher is better", width=370, height=240))
     for key, title, label in (("grad_norm", "Gradient norm", "L2 norm"), ("tokens_per_s", "Throughput", "tokens/s")):
         points = run.curve(name, key)
         log = key == "grad_norm" and _wide_range(points, 30)
@@ -180,48 +187,54 @@ def parameters(run: Run) -> str:
     )
 
 
-def _compared(label: str, n: float | None, values: Sequence[float | None], judged: bool) -> str:
-    """One row: bars and figures of before, after and blanked, all in percent."""
-    before, after, _ = values
+def _compared(label: str, n: float | None, values: dict[str, float | None], judged: bool) -> str:
+    """One row: bars and figures of every state, in percent."""
+    before, after = values.get("before"), values.get("after")
     change = after - before if after is not None and before is not None else None
     look = "" if change is None or not judged or abs(change) < 0.05 else "up" if change > 0 else "down"
     sign = {"up": "▲ ", "down": "▼ "}.get(look, "")
     bars = "".join(
-        f'<i class="{s}" style="width:{min(max(v, 0), 100):.1f}%"></i>'
-        for (s, _), v in zip(STATES, values, strict=True)
+        f'<i class="{state}" style="width:{min(max(v, 0), 100):.1f}%"></i>'
+        for state, v in values.items()
         if v is not None
     )
     count = f" <small>n = {n:,.0f}</small>" if n is not None else ""
-    cells = [*map(figure, values[:2]), sign + figure(change, "{:+.1f}"), figure(values[2])]
-    looks = ["", "", f' class="{look}"', ""]
+    cells = [figure(before), figure(after), sign + figure(change, "{:+.1f}")]
+    cells += [figure(values[state]) for state, _ in ABLATED if state in values]
+    looks = ["", "", f' class="{look}"', *[""] * len(ABLATED)]
     return (
         f'<tr><th><div class="measure"><span>{escape(label)}{count}</span><div class="bars">{bars}</div></div></th>'
-        f"{''.join(f'<td{k}>{c}</td>' for k, c in zip(looks, cells, strict=True))}</tr>"
+        f"{''.join(f'<td{k}>{c}</td>' for k, c in zip(looks, cells, strict=False))}</tr>"
     )
 
 
 def evaluation(run: Run) -> str:
-    """A table for each benchmark: its measures, then accuracy per question type, before, after and image blanked."""
-    out = ""
+    """A table for each benchmark: its measures, then accuracy per question type, before, after and without the image.
+
+    The image blanked has a column always, other ablations where they were asked for.
+    """
+    out, seen = "", {"before", "after", "blank", *run.evaluation}
+    shown = [(state, label) for state, label in STATES if state in seen]
     for name in benchmarks(run):
-        states = [pick(run, state, name) for state, _ in STATES]
+        states = {state: pick(run, state, name) for state, _ in shown}
         body = ""
         for key, label in (MEASURES | NEUTRAL).items():
-            values = [percent(m.get(key)) for m in states]
-            if any(v is not None for v in values):
+            values = {state: percent(m.get(key)) for state, m in states.items()}
+            if any(v is not None for v in values.values()):
                 body += _compared(label, None, values, key in MEASURES)
-        types = [c if isinstance(c := m.get("categories"), dict) else {} for m in states]
-        kinds = dict.fromkeys(k for c in types for k in c)
+        types = {state: c if isinstance(c := m.get("categories"), dict) else {} for state, m in states.items()}
+        kinds = dict.fromkeys(k for c in types.values() for k in c)
         if kinds:
-            body += '<tr class="divider"><th colspan="5">Accuracy by question type</th></tr>'
+            body += f'<tr class="divider"><th colspan="{len(shown) + 2}">Accuracy by question type</th></tr>'
         for kind in kinds:
-            cells = [next(iter(dicts(c.get(kind))), {}) for c in types]
-            n = next((v for c in cells if (v := num(c.get("n"))) is not None), None)
-            body += _compared(str(kind), n, [percent(c.get("accuracy")) for c in cells], True)
-        heads = "".join(f"<th>{h}</th>" for h in ("Before", "After", "Change", "Blanked"))
-        n = next((v for m in states if (v := num(m.get("n"))) is not None), None)
+            cells = {state: next(iter(dicts(c.get(kind))), {}) for state, c in types.items()}
+            n = next((v for c in cells.values() if (v := num(c.get("n"))) is not None), None)
+            body += _compared(str(kind), n, {state: percent(c.get("accuracy")) for state, c in cells.items()}, True)
+        columns = {"blank": "Blanked", "shuffle": "Exchanged", "noise": "Noise"}
+        heads = "".join(f"<th>{h}</th>" for h in ("Before", "After", "Change", *(columns[s] for s, _ in shown[2:])))
+        n = next((v for m in states.values() if (v := num(m.get("n"))) is not None), None)
         note = f" <small>{n:,.0f} questions</small>" if n is not None else ""
         out += f'<h3>{escape(name or "Benchmark")}{note}</h3><div class="card scroll"><table class="compare">'
         out += f"<thead><tr><th>In percent</th>{heads}</tr></thead><tbody>{body}</tbody></table></div>"
-    legend = "".join(f'<span><i class="{state}"></i>{label}</span>' for state, label in STATES)
+    legend = "".join(f'<span><i class="{state}"></i>{label}</span>' for state, label in shown)
     return out and f'<p class="key-line">{legend}</p>{out}'

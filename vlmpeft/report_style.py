@@ -43,6 +43,8 @@ td.up{color:var(--up)}td.down{color:var(--down)}.divider th{color:var(--muted);f
 .bars i{display:block;height:5px;border-radius:0 3px 3px 0}.bars i+i{margin-top:1px}i.before{background:var(--before)}
 i.after{background:var(--c0)}
 i.blank{background:repeating-linear-gradient(135deg,var(--blank) 0 3px,transparent 3px 5px)}
+i.shuffle{background:repeating-linear-gradient(90deg,var(--blank) 0 3px,transparent 3px 5px)}
+i.noise{background:repeating-linear-gradient(45deg,var(--c4) 0 2px,transparent 2px 4px)}
 .key-line{display:flex;gap:8px 22px;flex-wrap:wrap;color:var(--muted);font-size:13px;margin:0}
 .key-line i{display:inline-block;width:22px;height:8px;border-radius:2px;margin-right:8px}
 .filter{display:flex;flex-wrap:wrap;gap:6px 18px;margin:0 0 14px}.filter label{cursor:pointer}
@@ -52,7 +54,7 @@ i.blank{background:repeating-linear-gradient(135deg,var(--blank) 0 3px,transpare
 .sample img,.sample .gone{width:100%;aspect-ratio:4/3;object-fit:contain;background:var(--grid);display:block}
 .sample .gone{display:grid;place-items:center;color:var(--muted);font-size:13px}
 .sample>div:last-child{padding:14px 16px 16px;display:flex;flex-direction:column;gap:10px;flex:1}
-.sample p{margin:0;font-weight:500;overflow-wrap:anywhere}
+.sample p{margin:0;font-weight:500;overflow-wrap:anywhere;white-space:pre-line}
 .sample .top{display:flex;justify-content:space-between;font-size:13px;color:var(--muted)}
 .sample .top b{font-weight:600}.right .top b{color:var(--up)}.wrong .top b{color:var(--down)}
 dl{display:grid;grid-template-columns:auto 1fr;gap:3px 16px;margin:0;font-size:14px}dt{color:var(--muted)}

@@ -69,7 +69,7 @@ class Position:
         step: optimizer steps done in the stage.
         total: those of all stages together.
         evaluated: whether the held-out evaluation due at this step is done.
-        best_loss, best_step: of the stage's best evaluation; the step is a total.
+        best_loss, best_figure, best_step: of the stage's best evaluation; the step is a total.
         bad_evals: evaluations of the stage since then.
         loss: of the last step.
         seconds: spent in the stage.
@@ -81,11 +81,24 @@ class Position:
     total: int = 0
     evaluated: bool = True
     best_loss: float | None = None
+    best_figure: float | None = None
     best_step: int | None = None
     bad_evals: int = 0
     loss: float | None = None
     seconds: float = 0.0
     processes: int = 1
+
+    def judged(self, loss: float | None, figure: float | None) -> Position:
+        """The position after an evaluation here: the best so far by its figure if it has one, else by its loss."""
+        lower, higher = (None if figure is not None else loss), figure
+        improved = (lower is not None and (self.best_loss is None or lower < self.best_loss)) or (
+            higher is not None and (self.best_figure is None or higher > self.best_figure)
+        )
+        if not improved:
+            return dataclasses.replace(self, evaluated=True, bad_evals=self.bad_evals + 1)
+        return dataclasses.replace(
+            self, evaluated=True, best_loss=loss, best_figure=figure, best_step=self.total, bad_evals=0
+        )
 
 
 def position_of(directory: Path) -> Position:

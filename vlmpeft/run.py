@@ -18,11 +18,12 @@ from vlmpeft.build import Bundle, assemble, choose_device, choose_dtype
 from vlmpeft.config import to_yaml
 from vlmpeft.distributed import failing_together, make_accelerator
 from vlmpeft.errors import PREEMPTED
+from vlmpeft.figure import EvalFigure, find_benchmark
 from vlmpeft.loop import StageTrainer
 from vlmpeft.manifest import verify, versions
 from vlmpeft.parts import table_text
 from vlmpeft.preflight import check_recipe, prepare_stages, refuse_sharded, start_lines
-from vlmpeft.recipe import Recipe
+from vlmpeft.recipe import Recipe, Stage
 from vlmpeft.report import write_report
 from vlmpeft.resume import Position, checkpoints, position_of, save_checkpoint
 from vlmpeft.stage import StageData, StageResult
@@ -47,6 +48,7 @@ class Run:
         """Train, evaluate, report. Returns: 0, or 143 after SIGTERM."""
         check_recipe(self.recipe)
         self.benchmarks = evaluation.benchmarks(self.recipe.eval, self.recipe.data.images)
+        self.best_by = find_benchmark(self.recipe.run.best_by, self.benchmarks)
         self.retained = retention.read_retention(self.recipe.retention)
         device = choose_device(self.recipe.run.device)
         self.dtype = choose_dtype(self.recipe.run.precision, device)
@@ -103,8 +105,8 @@ class Run:
         with stop.at_once():  # the end of the last stage is saved
             self._evaluate(bundle, "after")
             self._retain(bundle, "after")
-            if self.recipe.eval.blank:
-                self._evaluate(bundle, "blank")
+            for ablation in self.recipe.eval.ablations:
+                self._evaluate(bundle, ablation)
         if self.accelerator.is_main_process:
             checkpoint.save(bundle, self.dir / workspace.FINAL, lambda _: {"facts": facts})
             self._report()
@@ -156,8 +158,9 @@ class Run:
         """Train what is left of every stage; the end of each is a checkpoint."""
         results = self._earlier_results(position)
         for index, (name, stage) in list(enumerate(self.recipe.stages.items()))[position.stage :]:
+            figure = self._figure(bundle, stage) if index + 1 == len(self.recipe.stages) else None
             trainer = StageTrainer(
-                bundle, name, stage, stages[name], self.recipe.run, self.dir, self.accelerator, position, facts
+                bundle, name, stage, stages[name], self.recipe.run, self.dir, self.accelerator, position, facts, figure
             )
             if found is not None and position.step > 0:
                 trainer.resume(found)
@@ -172,6 +175,11 @@ class Run:
             stop.check()
             if trainer.sharded:
                 checkpoint.reload(bundle, saved, self.accelerator.device, self.dtype)
+
+    def _figure(self, bundle: Bundle, stage: Stage) -> EvalFigure | None:
+        if self.best_by is None:
+            return None
+        return EvalFigure(self.recipe.run.best_by, self.best_by, bundle, self.recipe.eval, stage)
 
     def _evaluate(self, bundle: Bundle, moment: str) -> None:
         """Ask the questions with the template of the last stage, whichever stage the model is in."""
@@ -215,7 +223,7 @@ class Run:
         lines = []
         scores = evaluation.read(self.dir)
         for i, benchmark in enumerate(self.benchmarks):
-            moments = [moment for moment in ("before", "after", "blank") if i < len(scores.get(moment, []))]
+            moments = [m for m in ("before", "after", *evaluation.ABLATIONS) if i < len(scores.get(m, []))]
             parts = [f"{moment} {scores[moment][i]['accuracy']:.1%}" for moment in moments]
             lines.append(f"{benchmark.name} accuracy: {', '.join(parts)}\n")
         return "".join(lines) + retention.headline(self.dir)

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from torch import Tensor
 
@@ -41,6 +42,16 @@ class StageResult:
     final_loss: float | None
     best_step: int | None
     trainable: list[dict[str, object]]
+
+
+class Figure(Protocol):
+    """A number that says how good a model is, the larger the better, found by asking it. name: "eval.pope.accuracy"."""
+
+    @property
+    def name(self) -> str: ...
+
+    def __call__(self, stopping: Callable[[], bool]) -> float | None:
+        """Returns: the number; None once `stopping` says so."""
 
 
 def total_steps(stage: Stage, samples: int) -> int:

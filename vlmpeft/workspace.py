@@ -40,6 +40,7 @@ RUN_KEYS = (
 )
 CHECKING_KEYS = ("data.workers", "data.verify_images")
 MAY_CHANGE = ("title", "imports", "eval", "retention", *CHECKING_KEYS, *(f"run.{key}" for key in RUN_KEYS))
+AFTERWARDS = ("eval.blank", "eval.ablate")  # asked of the finished model alone
 SHOWN = 8  # changed keys in one message
 
 
@@ -113,7 +114,7 @@ def _check_final(final: Path) -> None:
 
 def compare(old: Path, recipe: Recipe) -> None:
     """Refuse to go on under a recipe that trains differently. Raises: CheckpointError K210 naming the keys."""
-    found = [d for d in _differences(_plain(load_recipe(str(old))), _plain(recipe)) if not _may_change(d[0])]
+    found = [d for d in _differences(_plain(load_recipe(str(old))), _plain(recipe)) if not _may_change(d[0], recipe)]
     if found:
         changed = "; ".join(f"{key} {a!r} -> {b!r}" for key, a, b in found[:SHOWN])
         more = f" and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
@@ -128,7 +129,9 @@ def _plain(recipe: Recipe) -> dict[str, Any]:
     return plain
 
 
-def _may_change(key: str) -> bool:
+def _may_change(key: str, recipe: Recipe) -> bool:
+    if key.startswith("eval.") and key not in AFTERWARDS and recipe.run.best_by != "loss":
+        return False  # the questions choose the best checkpoint
     return any(key == known or key.startswith(f"{known}.") for known in MAY_CHANGE)
 
 
@@ -209,7 +212,9 @@ def cut_metrics(directory: Path, stages: Sequence[str], position: Position) -> N
             row = json.loads(line)
             at = (list(stages).index(row["stage"]), row["step"])
             here = (position.stage, position.step)
-            again = "visual_mass" in row or (not position.evaluated and "eval_loss" in row)  # made at `here` once more
+            again = "visual_mass" in row or (
+                not position.evaluated and any(key.startswith("eval") for key in row)
+            )  # made at `here` once more
             if at < here or (at == here and not again):
                 kept.append(line + "\n")
     fs.write_text(path, "".join(kept))
