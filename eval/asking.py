@@ -22,11 +22,10 @@ def batches_of(requests: Sequence[Request], batch_size: int) -> list[list[int]]:
 
     The plan depends on the requests alone, so that every process, and a run that goes on, makes the same batches.
     """
-    from vlmpeft.decode import images_key, together
+    from vlmpeft.decode import images_key, plan_batches
 
     keys = [(bool(request.candidates), images_key(request)) for request in requests]
-    order = together(keys, [len(request.prompt) for request in requests])
-    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    return plan_batches(keys, [len(request.prompt) for request in requests], batch_size)
 
 
 class Remembering:

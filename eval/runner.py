@@ -11,6 +11,7 @@ from vlmpeft.errors import NumericError
 from vlmpeft.eval.ablate import ablated, check_ablation
 from vlmpeft.eval.arguments import parse_arguments, table
 from vlmpeft.eval.compare import compare_files, texts_of
+from vlmpeft.eval.distinct import answer_distinct
 from vlmpeft.eval.identity import digest
 from vlmpeft.eval.method import candidates_of, check_method, logliks_of
 from vlmpeft.eval.paths import has_image, resolve_images, with_image
@@ -65,7 +66,7 @@ def ask(
     method: str = "generate",
     candidates: Sequence[str] = (),
 ) -> list[dict[str, Any]]:
-    """Ask every question about its image, greedily; one whose `text_only` is true is asked without.
+    """Ask every question about its image, greedily, equal ones once; one whose `text_only` is true without an image.
 
     Args:
         suffix: appended to each question that does not already end in it.
@@ -93,7 +94,8 @@ def ask(
     chosen = candidates_of(method, candidates)
     requests = [Request(images=p, prompt=prompt, **chosen) for p, prompt in zip(pictures, prompts, strict=True)]
     with tqdm(total=len(requests), unit="question", disable=not progress, mininterval=1.0) as bar:
-        answers = bundle.answer(
+        answers = answer_distinct(
+            bundle,
             requests,
             max_new_tokens=max_new_tokens,
             batch_size=batch_size,

@@ -13,6 +13,7 @@ from vlmpeft.errors import ConfigError
 from vlmpeft.eval.answer_log import METRICS, AnswerLog, close_folder, locked, open_folder, part_file
 from vlmpeft.eval.asking import Remembering
 from vlmpeft.eval.identity import model_facts
+from vlmpeft.eval.model import open_model
 from vlmpeft.eval.rows import Row, read_rows, write_json, write_rows
 from vlmpeft.eval.team import Team, joined
 from vlmpeft.eval.wrong_page import FILE, SHOWN, Wrong, write_wrong
@@ -70,9 +71,7 @@ def _ask(
     evaluation: Evaluation, arguments: Mapping[str, Any], settings: Mapping[str, Any], folder: Path, team: Team
 ) -> dict[str, Any]:
     """Ask and write; the parts go last, so that a kill at any moment leaves something to go on from."""
-    import vlmpeft
-
-    bundle = vlmpeft.load(arguments["model"], device=team.device)
+    bundle = open_model(arguments["model"], team.device)
     answers, metrics = evaluation.ask(Remembering(bundle, AnswerLog(folder, team)), team.main)
     if team.main:
         if evaluation.compare is not None:

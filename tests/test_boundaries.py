@@ -26,13 +26,14 @@ LEVELS: dict[int, str] = {
     "eval.interval eval.mme eval.mmvet eval.summary eval.vqa eval.vqa_text eval.choices eval.choices_run "
     "eval.mmmu eval.mmmu_data eval.mmmu_parse eval.scienceqa eval.mmbench eval.iconqa eval.choice figure "
     "eval.pope_parse eval.pope_score eval.answer_log eval.arguments eval.asking eval.identity eval.method "
-    "eval.session eval.team eval.wrong_page eval.choices_ask margins compare_run compare_loop compare_report",
+    "eval.session eval.team eval.wrong_page eval.choices_ask margins compare_run compare_loop compare_report "
+    "hf_vlm eval.distinct eval.harness eval.model",
     2: "adapter_files adapter_learn adapter_merge pool config sections yaml_file recipe data_config records data "
     "sample_store sample_text mixture record_encoder prepare stage features vlm quant quant_memory tune conflicts "
     "weights optim language tokens hf_chat prefix decode forward trackers align distributed sharding drift "
     "diagnose_config report report_attention report_data report_sections report_retention report_style charts "
     "scene_questions steps loglik eval_config compare_config compare_plan compare_picture compare_stats "
-    "compare_table scene_files",
+    "compare_table scene_files hf_prompt likelihood",
     1: "vision vision_timm vision_transformers vision_open_clip vision_weights encoder template images projectors "
     "projectors.linear projectors.mlp projectors.ldp projectors.pixel_shuffle projectors.resampler "
     "projectors.qformer projectors.identity tuners tuners.dora tuners.embedding_lora tuners.full tuners.krona "
@@ -77,7 +78,10 @@ WHERE = {  # an outside library and the modules that may import it; True if insi
     "yaml": ({"yaml_file"}, False),
     "accelerate": ({"loop", "trackers", "distributed", "sharding", "forward"}, False),
     "transformers": (
-        {"language", "vision_transformers", "decode", "prefix", "hf_llava", "tuners.prompt", "tuners.gated_attention"},
+        {
+            *("language", "vision_transformers", "decode", "prefix", "hf_llava", "hf_vlm", "tuners.prompt"),
+            "tuners.gated_attention",
+        },
         True,
     ),
     "huggingface_hub": ({"sources"}, True),
@@ -87,6 +91,7 @@ WHERE = {  # an outside library and the modules that may import it; True if insi
     "peft": (set(), True),
     "datasets": ({"readers"}, True),
     "pyarrow": ({"readers", "sample_store", "eval.mmmu_data"}, True),
+    "lmms_eval": ({"eval.harness"}, False),
     "sacrebleu": ({"eval.caption"}, True),
     "rouge_score": ({"eval.caption"}, True),
     "matplotlib": ({"steering.pictures", "compare_picture"}, True),

@@ -80,6 +80,30 @@ def test_batched_answers_equal_those_one_by_one(
     same(bundle.answer(requests, batch_size=batch_size, contrast=WORDS, max_new_tokens=10), one_by_one)
 
 
+@pytest.mark.parametrize(
+    ("sizes", "batch_size", "expected"),
+    [
+        ([6] * 4, 16, [12, 12]),  # two pictures of six questions, not two and two thirds
+        ([6] * 5, 32, [30]),
+        ([6] * 3, 8, [6, 6, 6]),
+        ([6] * 3, 7, [6, 6, 6]),
+        ([5] * 3, 8, [8, 7]),  # a batch that would lose more than a quarter takes a part of the next
+        ([20, 3], 8, [8, 8, 7]),
+        ([1] * 9, 4, [4, 4, 1]),
+        ([], 4, []),
+    ],
+)
+def test_batches_rather_end_early_than_read_an_image_twice(
+    sizes: list[int], batch_size: int, expected: list[int]
+) -> None:
+    keys = [key for key, size in enumerate(sizes) for _ in range(size)]
+    lengths = [90 - key for key in keys]
+    made = decode.plan_batches(keys, lengths, batch_size)
+    assert [len(batch) for batch in made] == expected
+    assert sorted(i for batch in made for i in batch) == list(range(len(keys)))
+    assert [lengths[i] for batch in made for i in batch] == sorted(lengths, reverse=True)
+
+
 def test_answers_without_shared_beginnings_are_the_same(
     bundle: Bundle, requests: list[Request], one_by_one: list[Answer], monkeypatch: pytest.MonkeyPatch
 ) -> None:

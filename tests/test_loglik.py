@@ -11,7 +11,7 @@ import torch
 from native import make_native, native_bundle
 from torch import Tensor
 
-from vlmpeft import loglik
+from vlmpeft import likelihood
 from vlmpeft.batch import IGNORE, IMAGE_TOKEN_ID
 from vlmpeft.build import Bundle
 from vlmpeft.decode import Answer, Request, exchange_of
@@ -212,7 +212,7 @@ def test_a_model_whose_beginning_cannot_be_shared_gives_the_same(
     bundle: Bundle, requests: list[Request], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = values(bundle.answer(requests, batch_size=16))
-    monkeypatch.setattr(loglik, "can_share", lambda language, length: False)
+    monkeypatch.setattr(likelihood, "can_share", lambda language, length: False)
     for ours, theirs in zip(values(bundle.answer(requests, batch_size=16)), expected, strict=True):
         assert ours == pytest.approx(theirs, abs=1e-4)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -11,6 +12,10 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from lmms_tasks import rows, write_tasks
+from native import native_directory
+
+import vlmpeft
 
 ROOT = Path(__file__).parents[1]
 HOOK = "import sys, setuptools.build_meta as m; print(getattr(m, sys.argv[1])(sys.argv[2]))"
@@ -92,3 +97,18 @@ def test_the_installed_script_runs(installed: Path, tmp_path: Path) -> None:
 def test_top_level_names_are_ours_alone(wheel: Path) -> None:
     top = {n.split("/")[0] for n in zipfile.ZipFile(wheel).namelist()}
     assert {t for t in top if not t.endswith(".dist-info")} == {"vlmpeft"}
+
+
+def test_lmms_eval_runs_the_installed_package_by_its_name(installed: Path, tmp_path: Path) -> None:
+    """What a user types after `pip install vlmpeft lmms-eval`."""
+    tasks = write_tasks(tmp_path)
+    model = native_directory(tmp_path / "m")
+    options = ["--model", "vlmpeft", "--model_args", f"pretrained={model},device=cpu", "--batch_size", "4"]
+    options += ["--tasks", "one,choice", "--include_path", str(tasks), "--output_path", "out", "--log_samples"]
+    offline = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf"), "NO_COLOR": "1"}
+    shown = run(["-m", "lmms_eval", *options], tmp_path, PYTHONPATH=str(installed), **offline)
+    assert "|choice|" in shown.replace(" ", "")
+    [samples] = (tmp_path / "out").rglob("*_samples_one.jsonl")
+    said = [json.loads(line)["filtered_resps"] for line in samples.read_text(encoding="utf-8").splitlines()]
+    bundle = vlmpeft.load(model, device="cpu")
+    assert said == [bundle.generate(row["image"], row["question"], max_new_tokens=6) for row in rows()]

@@ -16,6 +16,7 @@ from vlmpeft.decode import Answer, OnBatch, Request
 from vlmpeft.errors import EnvironmentFault, ModelError
 from vlmpeft.images import ImageReader, ImageTransform
 from vlmpeft.language import empty_language, fingerprint, load_language, load_tokenizer, width_of
+from vlmpeft.likelihood import Likelihood, likelihoods
 from vlmpeft.loglik import answer_each
 from vlmpeft.parts import Parts
 from vlmpeft.projectors import PROJECTORS
@@ -79,6 +80,10 @@ class Bundle:
             self.model, self.turn_encoder(), self.image_transform, requests,
             max_new_tokens=max_new_tokens, batch_size=batch_size, contrast=contrast, on_batch=on_batch,
         )  # fmt: skip
+
+    def likelihoods(self, requests: Sequence[Request], *, batch_size: int = 8) -> list[tuple[Likelihood, ...]]:
+        """See `likelihood.likelihoods`."""
+        return likelihoods(self.model, self.turn_encoder(), self.image_transform, requests, batch_size=batch_size)
 
     def generate(self, images: Any, prompt: str, **options: Any) -> str:
         """Answer one prompt. Args: images: a path or PIL image, a list of them, or None. Options: as `answer`."""

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from vlmpeft.errors import DataError, run_command
+from vlmpeft.eval.model import open_model
 from vlmpeft.eval.runner import parse_arguments
 
 DEFAULTS = {"image": "", "max_new_tokens": 128, "device": "auto"}
@@ -22,9 +23,7 @@ def main(argv: Sequence[str]) -> None:
     for path in images:
         if not path.is_file():
             raise DataError("D103", f"no image file {path}.", "check image=FILE.")
-    import vlmpeft
-
-    bundle = vlmpeft.load(arguments["model"], device=arguments["device"])
+    bundle = open_model(arguments["model"], arguments["device"])
     print(bundle.generate(images, arguments["prompt"], max_new_tokens=arguments["max_new_tokens"]))
 
 

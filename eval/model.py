@@ -1,0 +1,25 @@
+"""The model of a command line."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from vlmpeft.build import Bundle
+    from vlmpeft.hf_vlm import HFModel
+
+HF = "hf:"
+
+
+def open_model(name: str, device: str = "auto") -> Bundle | HFModel:
+    """A model directory of ours, or `hf:DIR_OR_ID`: any model of transformers that answers questions about images.
+
+    Raises: as `vlmpeft.load`, or as `vlmpeft.hf_vlm.load_hf`.
+    """
+    if name.startswith(HF):
+        from vlmpeft.hf_vlm import load_hf
+
+        return load_hf(name.removeprefix(HF), device)
+    import vlmpeft
+
+    return vlmpeft.load(name, device=device)
