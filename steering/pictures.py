@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +11,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-COLOURS = ("#1f5fa8", "#c8102e", "#2a8c57", "#8a4fa3", "#b8730a", "#4d4d4d")  # told apart in grey and by colour-blind
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#000000", "#e69f00")  # Okabe and Ito (2008): for all eyes
+LEGEND = 84  # letters and more that one line of the legend has room for; a line's sample takes about six
 MARKERS = ("o", "s", "^", "D", "v", "P")
 STYLE: Any = {  # of matplotlib
     "font.size": 9, "axes.titlesize": 10, "axes.titleweight": "bold", "axes.titlelocation": "left",
@@ -33,25 +35,29 @@ class Line:
 def layers_figure(lines: Sequence[Line], title: str = "LMAR, mean and 95 % interval") -> bytes:
     """PNG of LMAR (log axis, a line at 1) and of the attention's share on the image, per layer, models overlaid."""
     from matplotlib import rc_context
-    from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
     with rc_context(STYLE):
-        figure = figure_of(7.2, 3.1)
+        names = [line.name if len(line.name) < LEGEND else "\u2026" + line.name[10 - LEGEND :] for line in lines]
+        columns = max(1, min(4, len(lines), LEGEND // (6 + max(map(len, names)))))
+        figure = figure_of(7.2, 2.95 + 0.19 * math.ceil(len(lines) / columns))
         ratio, mass = figure.subplots(1, 2)
         ratio.axhline(1, color="#444444", linewidth=1, linestyle=(0, (4, 3)), zorder=1)
         ratio.annotate(
             "an image token gets as much as a text token", (0.99, 1), (0, 3), xycoords=ratio.get_yaxis_transform(),
             textcoords="offset points", ha="right", va="bottom", fontsize=7, color="#444444",
         )  # fmt: skip
-        for number, line in enumerate(lines):
+        for number, (name, line) in enumerate(zip(names, lines, strict=True)):
             layers = range(len(line.ratio))
             colour = COLOURS[number % len(COLOURS)]
             look = {"color": colour, "marker": MARKERS[number % len(MARKERS)], "markersize": 3, "linewidth": 1.4}
-            ratio.plot(layers, line.ratio, label=line.name, **look)
+            ratio.plot(layers, line.ratio, label=name, **look)
             ratio.fill_between(layers, line.low, line.high, color=colour, alpha=0.18, linewidth=0)
-            mass.plot(layers, [100 * m for m in line.mass], label=line.name, **look)
+            mass.plot(layers, [100 * m for m in line.mass], **look)
         ratio.set(yscale="log", title=title, ylabel="image / text attention per token")
-        ratio.set_ylim(*_log_limits(lines))
+        low, high = _log_limits(lines)
+        ratio.set_ylim(low, high)
+        ratio.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high / low < 1000 else (1,)))
         ratio.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         ratio.yaxis.set_minor_formatter(NullFormatter())
         mass.set(title="Visual attention", ylabel="attention on the image, %")
@@ -62,7 +68,7 @@ def layers_figure(lines: Sequence[Line], title: str = "LMAR, mean and 95 % inter
             axes.grid(axis="y")
             axes.set_axisbelow(True)
         if len(lines) > 1:
-            figure.legend(*ratio.get_legend_handles_labels(), loc="outside upper center", ncols=min(4, len(lines)))
+            figure.legend(*ratio.get_legend_handles_labels(), loc="outside upper center", ncols=columns)
         return png_of(figure)
 
 
@@ -93,7 +99,7 @@ def heat_figure(photo: Image.Image, heats: Sequence[Heat], caption: str) -> byte
     with rc_context(STYLE):
         panels = len(heats) + 1
         height = 2.3 * min(1.6, photo.height / photo.width)
-        figure = figure_of(2.35 * panels + 0.5, height + 0.75)
+        figure = figure_of(2.35 * panels + 0.5, height + 0.3 + 0.15 * max(1, len(caption.splitlines())))
         first, *others = figure.subplots(1, panels, squeeze=False)[0]
         most = max(100 * float(np.percentile(np.stack([heat.weights for heat in heats]), 98)), 1e-6)
         first.imshow(photo)
@@ -101,7 +107,8 @@ def heat_figure(photo: Image.Image, heats: Sequence[Heat], caption: str) -> byte
         for axes, heat in zip(others, heats, strict=True):
             axes.imshow(np.asarray(photo.convert("L")), cmap="gray", vmin=0, vmax=255)
             percent = _upsampled(heat, photo.size)
-            shown = axes.imshow(percent, cmap="turbo", vmin=0, vmax=most, alpha=0.1 + 0.6 * (percent / most).clip(0, 1))
+            seen = 0.8 * (percent / most).clip(0, 1) ** 0.6  # where there is little attention, the photo is left clear
+            shown = axes.imshow(percent, cmap="inferno", vmin=0, vmax=most, alpha=seen)
             axes.set_title(heat.title)
         for axes in (first, *others):
             axes.set_axis_off()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -228,6 +229,9 @@ def test_figures_are_the_same_bytes_every_time_and_bear_layers_without_values() 
     png = layers_figure(lines)
     assert png == layers_figure(lines)
     assert png != layers_figure(lines * 2)
+    shorts, longs = ([replace(lines[0], name=f"{name} {i}") for i in range(6)] for name in ("a", "runs/" + 50 * "x"))
+    tall, low = (Image.open(io.BytesIO(layers_figure(several))).height for several in (longs, shorts))
+    assert tall > low + 100  # the legend takes a line for each long name, beside the panels, not over them
     photo = Image.new("RGB", (30, 20), "red")
     heats = [Heat("before", np.eye(3, dtype=np.float32), box_of("pad", photo.size))]
     one = Image.open(io.BytesIO(heat_figure(photo, heats, "why?")))

