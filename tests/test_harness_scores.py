@@ -12,6 +12,7 @@ import pytest
 from vlmpeft.eval import mmmu, pope
 from vlmpeft.eval.mmmu_parse import parse_multi_choice_lmms_eval
 
+NAMES = {"accuracy": "accuracy", "precision": "precision", "recall": "recall", "f1": "f1_score"}  # ours, theirs
 CHANCE = "?"  # what their draw gives here
 
 
@@ -33,10 +34,13 @@ def their_mmmu() -> Any:
     return theirs("mmmu.utils")
 
 
-def both_pope(their_pope: Any, labels: list[str], texts: list[str]) -> tuple[dict[str, Any], dict[str, float]]:
+def both_pope(
+    their_pope: Any, labels: list[str], texts: list[str], parser: str = "official"
+) -> tuple[dict[str, Any], dict[str, float]]:
     """Our metrics and theirs of the same answers."""
     questions = [{"question_id": i, "label": label} for i, label in enumerate(labels)]
-    ours = pope.score(questions, [{"question_id": i, "text": text} for i, text in enumerate(texts)])
+    answers = [{"question_id": i, "text": text} for i, text in enumerate(texts)]
+    ours = pope.score(questions, answers, parser=parser)
     pairs = zip(questions, texts, strict=True)
     kept = [their_pope.pope_process_results({**q, "answer": q["label"]}, [text]) for q, text in pairs]
     names = ("accuracy", "precision", "recall", "f1_score", "yes_ratio")
@@ -51,15 +55,21 @@ def test_pope_is_equal_where_every_answer_is_yes_or_no(their_pope: Any, seed: in
     texts = [rng.choice(["Yes", "yes", "No", "no", " yes", "YES"]) for _ in labels]
     ours, found = both_pope(their_pope, labels, texts)
     assert 0.3 < ours["accuracy"] < 0.7
-    for name, their_name in (
-        ("accuracy", "accuracy"),
-        ("precision", "precision"),
-        ("recall", "recall"),
-        ("f1", "f1_score"),
-    ):
+    for name, their_name in NAMES.items():
         assert ours[name] == pytest.approx(found[their_name], abs=1e-12)
     assert found["yes_ratio"] == labels.count("yes") / 300  # theirs is of the labels, ours of the answers
     assert ours["yes_ratio"] == sum(text.strip().lower() == "yes" for text in texts) / 300
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_pope_under_parser_lmms_eval_is_theirs_whatever_is_said(their_pope: Any, seed: int) -> None:
+    rng = random.Random(seed)
+    labels = [rng.choice(["yes", "no"]) for _ in range(300)]
+    texts = [rng.choice(["Yes", "NO", "no", "Yes.", "", "not", " yes\n", "maybe", "No, there is"]) for _ in labels]
+    ours, found = both_pope(their_pope, labels, texts, "lmms-eval")
+    assert 0.1 < ours["accuracy"] < 0.5
+    for name, their_name in NAMES.items():
+        assert ours[name] == pytest.approx(found[their_name], abs=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -97,8 +107,9 @@ def test_pope_of_three_settings_is_a_mean_of_f1_for_us_and_pooled_for_them(their
     questions = [{"question_id": i, "setting": str(i // 2), "label": label} for i, label in enumerate(labels)]
     answers = [{**q, "text": text} for q, text in zip(questions, texts, strict=True)]
     _, found = both_pope(their_pope, labels, texts)
-    assert pope.score_settings(questions, answers)["mean_f1"] == pytest.approx((1 + 2 / 3 + 0) / 3)
-    assert found["f1_score"] == pytest.approx(2 / 3)
+    scores = pope.score_settings(questions, answers)
+    assert scores["mean_f1"] == pytest.approx((1 + 2 / 3 + 0) / 3)
+    assert scores["pooled_f1"] == pytest.approx(found["f1_score"]) == pytest.approx(2 / 3)
 
 
 OPTIONS = {"A": "10", "B": "a red circle", "C": "DNA", "D": "100"}

@@ -157,9 +157,8 @@ def main(
                 for name, value in zip(times, (seconds, plain_seconds, loop.seconds), strict=True):
                     times[name].append(value)
     medians = {name: statistics.median(values) for name, values in times.items()}
-    print(
-        f"{len(rows)} questions about {pictures} pictures, {new_tokens} new tokens, {bundle.model.language.dtype}, {same} answers alike"
-    )
+    asked = f"{len(rows)} questions about {pictures} pictures, {new_tokens} new tokens"
+    print(f"{asked}, {bundle.model.language.dtype}, {same} answers alike")
     for name, median in medians.items():
         print(f"{name}: {len(rows) / median:.1f} questions/s; ours is {median / medians['ours']:.2f} times as fast")
 
