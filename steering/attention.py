@@ -10,7 +10,7 @@ and the asked rows alone are computed a second time.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any, Literal
 
@@ -50,10 +50,9 @@ class Call:
         """
         (b, heads, size, width), keys = self.query.shape, self.key.shape[2]
         groups = heads // self.key.shape[1]
-        picked = _rows(self.query, rows).float()
+        picked = _rows(self.query, rows).float() * (width**-0.5 if self.scale is None else self.scale)
         grouped = rearrange(picked, "b (k g) q d -> b k (g q) d", g=groups)
         logits = rearrange(grouped @ self.key.float().mT, "b k (g q) s -> b (k g) q s", g=groups)
-        logits = logits * (width**-0.5 if self.scale is None else self.scale)
         visible = torch.ones(1, dtype=torch.bool, device=rows.device).expand(b, 1, rows.shape[1], keys)
         if self.mask is not None:
             mask = _rows(self.mask.expand(b, -1, size, keys), rows)
@@ -61,10 +60,10 @@ class Call:
                 visible = mask
             else:
                 visible = mask > torch.finfo(mask.dtype).min / 2
-                logits = logits + mask.float()
+                logits = logits.add_(mask)
         if self.causal:  # the kernel aligns both at their beginning
             visible = visible & (torch.arange(keys, device=rows.device) <= rows[:, None, :, None])
-        return logits.masked_fill(~visible, -torch.inf).softmax(-1), visible
+        return logits.masked_fill_(~visible, -torch.inf).softmax(-1), visible
 
 
 def _rows(x: Tensor, rows: Tensor) -> Tensor:
@@ -125,6 +124,7 @@ class Attended:
 def attended(call: Call, asked: Asked, chunk: int = CHUNK) -> Attended:
     """What the asked queries attend to. Args: chunk: queries computed at once."""
     b, heads = call.query.shape[:2]
+    call = replace(call, key=call.key.float())  # once for all chunks
     marks = torch.stack([asked.image, asked.text], -1).float()[:, None]  # (b, 1, s, 2)
     per_token = torch.zeros(b, heads, 2, device=marks.device)
     counted, on_image = per_token[..., 0].clone(), per_token[..., 0].clone()
