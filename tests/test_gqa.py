@@ -47,7 +47,9 @@ def test_accuracy_is_given_per_category_and_in_all() -> None:
 
 def test_official_file_is_read_and_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     question = {"imageId": "n1", "question": "Is it red?", "answer": "yes", "types": {"structural": "verify"}}
-    (tmp_path / "testdev.json").write_text(json.dumps({"201": question, "202": {**question, "answer": "no"}}))
+    (tmp_path / "testdev.json").write_text(
+        json.dumps({"201": question, "202": {**question, "question": "Is it blue?", "answer": "no"}})
+    )
     bundle = load_told(monkeypatch, {"": "Yes."})
     images = touch(tmp_path / "images", "n1.jpg")
     paths = [f"questions={tmp_path / 'testdev.json'}", f"images={images}", f"out={tmp_path / 'out'}"]

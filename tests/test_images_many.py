@@ -56,10 +56,10 @@ def test_a_sample_sees_its_own_images_and_no_neighbours(side: str, bundle: Bundl
     for mine, theirs in product(range(4), range(4)):
         others = pictures[4 - theirs :]
         first, second = logits(bundle, pictures[:mine], others, side=side)
-        torch.testing.assert_close(first, alone[mine], atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(first, alone[mine], atol=1e-3, rtol=1e-3)
         if theirs:
             swapped, changed = logits(bundle, pictures[:mine], [pictures[0], *others[1:]], side=side)
-            torch.testing.assert_close(swapped, first, atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(swapped, first, atol=1e-3, rtol=1e-3)
             assert (changed - second).abs().max() > 0.05
 
 
