@@ -78,7 +78,8 @@ def test_the_installed_package_works_without_the_checkout(installed: Path, tmp_p
     code = (
         "import vlmpeft, vlmpeft.projectors, vlmpeft.steering, vlmpeft.eval.pope, vlmpeft.tuners;"
         "from vlmpeft.config import recipe_names;"
-        "print(vlmpeft.__file__, vlmpeft.projectors.__file__, *recipe_names(), *recipe_names(comparisons=True), sep='\\n');"
+        "names = [*recipe_names(), *recipe_names(comparisons=True)];"
+        "print(vlmpeft.__file__, vlmpeft.projectors.__file__, *names, sep='\\n');"
         "print(vlmpeft.load_recipe('llava_two_stage').projector.name);"
         "print(vlmpeft.projectors.PROJECTORS.build('ldp', 8, 16).num_tokens(16))"
     )
