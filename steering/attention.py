@@ -63,7 +63,8 @@ class Call:
                 logits = logits.add_(mask)
         if self.causal:  # the kernel aligns both at their beginning
             visible = visible & (torch.arange(keys, device=rows.device) <= rows[:, None, :, None])
-        return logits.masked_fill_(~visible, -torch.inf).softmax(-1), visible
+        unseen = torch.zeros(visible.shape, device=rows.device).masked_fill_(~visible, -torch.inf)
+        return logits.add_(unseen).softmax(-1), visible  # a sum is faster than a fill of every head
 
 
 def _rows(x: Tensor, rows: Tensor) -> Tensor:

@@ -12,12 +12,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import TracebackType
+from typing import get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vlmpeft.errors import ModelError
+from vlmpeft.errors import ConfigError, ModelError, nearest
 from vlmpeft.parts import Parts, parts_of
 from vlmpeft.routing import Routing
 from vlmpeft.steering.attention import Asked, Attended, Call, Queries, Reader, TextScope, asked_of, attended, keys_of
@@ -92,9 +93,14 @@ class LMARProbe:
     def ratio(self) -> Tensor:
         """(l,) LMAR: the mean over samples of their ratios.
 
-        Raises: ModelError M561 if a block's attention was not read: no forward, or an attention that is not PyTorch's.
+        Raises: ModelError M561 if a block's attention was not read: no forward, or an attention that is not PyTorch's;
+            M566 if no sample had both an image and text to compare it with.
         """
-        return self.per_sample().nanmean(0)
+        found = self.per_sample()
+        if not len(found):
+            message = f"none of {self.skipped} samples shows an image beside text of scope {self._options[0]}."
+            raise ModelError("M566", message, "give samples with an image and a question, or text_scope='all'.")
+        return found.nanmean(0)
 
     def summary(self, seed: int = 0, resamples: int = RESAMPLES) -> Summary:
         """Mean, median and 95 % interval of the ratio over samples; see `statistics.summarise`."""
@@ -140,7 +146,14 @@ def lmar(
             else as "prompt"), "prompt" (all of the prompt but the image), "all" (also earlier answer tokens).
         queries: "output", the positions that predict answer tokens (without labels the last one), or "all_text".
         drop_sink: leaves the first tokens of the sequence out of the text, where attention sinks.
+
+    Raises: ConfigError C102 for another scope or other queries.
     """
+    for key, value, allowed in (("text_scope", text_scope, TextScope), ("queries", queries, Queries)):
+        if value not in get_args(allowed):
+            raise ConfigError("C102", f"{key}={value!r}{nearest(value, get_args(allowed))}")
+    if drop_sink < 0:
+        raise ConfigError("C102", f"drop_sink={drop_sink}: expected an integer from 0.")
     return LMARProbe(model, parts or parts_of(model), text_scope, queries, drop_sink)
 
 

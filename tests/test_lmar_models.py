@@ -11,7 +11,7 @@ from tiny_models import IMAGE_ID, hf_llava, our_inputs, our_vlm, randomise
 from torch import Tensor, nn
 
 from vlmpeft import tune
-from vlmpeft.errors import ModelError
+from vlmpeft.errors import ConfigError, ModelError
 from vlmpeft.forward import checkpoint_activations
 from vlmpeft.parts import Parts, parts_of
 from vlmpeft.steering import MoReS, lmar
@@ -291,3 +291,24 @@ def test_a_model_described_by_hand_is_read_too() -> None:
     with torch.no_grad(), lmar(model, parts) as probe:
         model(input_ids=ids, pixel_values=torch.randn(1, 3, 8, 8))
     assert probe.ratio().shape == (1,)  # of the blocks that are named
+
+
+def test_forwards_without_an_image_have_no_ratio_and_that_is_said() -> None:
+    model = hf_llava()
+    with torch.no_grad(), lmar(model, text_scope="prompt") as probe:
+        model(input_ids=torch.tensor([[7, 8, 9], [5, 6, 7]]))
+    with pytest.raises(ModelError, match=r"M566.*none of 2 samples shows an image beside text of scope prompt"):
+        probe.ratio()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"text_scope": "promt"}, r"text_scope='promt'.*did you mean 'prompt'"),
+        ({"queries": "answer"}, r"queries='answer'.*known: all_text, output"),
+        ({"drop_sink": -1}, "drop_sink=-1"),
+    ],
+)
+def test_an_unknown_way_of_reading_is_named(options: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=rf"C102.*{message}"):
+        lmar(hf_llava(), **options)

@@ -51,7 +51,7 @@ class Diagnosis:
                 loss_of(self.accelerator, model, loaded, 1)
         row: dict[str, Any] = {"visual_mass": numbers(probe.mass())}
         if self.stage.template != "plain":  # there a beginning of sequence would be all the text
-            row["lmar"] = numbers(probe.ratio())
+            row["lmar"] = numbers(probe.per_sample().nanmean(0))
         return row
 
 
