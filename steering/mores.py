@@ -76,6 +76,7 @@ class MoReS:
     """
 
     kind: ClassVar[str] = "mores"
+    decays: ClassVar[bool] = False  # A belongs near U^T, not near zero, and the scale of U means nothing
     rank: int = 1
     positions: str = "ratio:0.01"
     site: Site = "block_input"

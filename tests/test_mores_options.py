@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,9 @@ from tiny_models import hf_llava, randomise
 
 from vlmpeft import tune
 from vlmpeft.errors import ConfigError
+from vlmpeft.optim import parameter_groups
 from vlmpeft.parts import table_text
+from vlmpeft.projectors import PROJECTORS
 from vlmpeft.steering import MoReS, parameter_count
 from vlmpeft.tuners import Full
 
@@ -118,3 +121,27 @@ def test_the_table_of_a_tuned_model_says_what_the_paper_counts(language_dir: Pat
         (line,) = [line for line in text.splitlines() if "mores" in line]
         assert line.endswith(f"  mores{note}")
         assert "  projector  " in text
+
+
+def test_weight_decay_leaves_steering_alone(language_dir: Path) -> None:
+    model, _ = make("ours", language_dir)
+    tuned = tune(model, {"mores": MoReS(rank=2), "projector": Full("projector")})
+    decay = {name: g["weight_decay"] for g in parameter_groups(tuned, 1e-3, 0.1) for name in g["parameter_names"]}
+    assert {value for name, value in decay.items() if "steering" in name} == {0.0}
+    assert 0.1 in decay.values()
+
+
+def test_the_documented_table_of_parameters_is_that_of_the_formula_and_of_the_projectors_modules() -> None:
+    text = (Path(__file__).parents[1] / "docs" / "steering.md").read_text()
+    shapes = {
+        "Phi-2, SigLIP": (2560, 32, 1152),
+        "Vicuna-7B, CLIP": (4096, 32, 1024),
+        "Vicuna-13B, CLIP": (5120, 40, 1024),
+    }
+    for name, (width, layers, features) in shapes.items():
+        (row,) = [line for line in text.splitlines() if line.startswith(f"| {name} |")]
+        counts = [parameter_count(width, layers, r, bias) for r in (1, 2, 4, 8) for bias in (False, True)]
+        with torch.device("meta"):
+            projector = PROJECTORS.build("mlp2x_gelu", features, width)
+        counts.append(sum(p.numel() for p in projector.parameters()))  # type: ignore[attr-defined]
+        assert [int(figure.replace(",", "")) for figure in re.findall(r"\d[\d,]{5,}", row)] == counts
