@@ -202,11 +202,16 @@ def test_float_pixels_are_refused_from_the_header(check: Callable[[Path], Any], 
 
 @pytest.mark.parametrize("suffix", ["jpg", "png", "gif", "bmp", "webp", "tif"])
 @pytest.mark.parametrize("share", [0.3, 0.9])
-def test_an_image_that_breaks_off_is_refused_wherever_it_does(suffix: str, share: float, tmp_path: Path) -> None:
-    assert not ImageFile.LOAD_TRUNCATED_IMAGES  # with it Pillow would fill the rest with grey
+@pytest.mark.parametrize("told", [False, True])
+def test_an_image_that_breaks_off_is_refused_wherever_it_does(
+    suffix: str, share: float, told: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where another library has told Pillow to fill the rest with grey."""
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", told)
     path = saved(noise(64, 64), tmp_path / f"a.{suffix}")
     path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
     assert refused(open_image, path) == "D104"
+    assert ImageFile.LOAD_TRUNCATED_IMAGES is told
 
 
 def test_full_check_finds_before_training_what_headers_hide(tmp_path: Path, tokenizer: Any) -> None:

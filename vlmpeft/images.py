@@ -15,7 +15,7 @@ from typing import Literal
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from vlmpeft.anyres import TILES, Grid, Size, best_grid, boxes, placement
@@ -45,7 +45,7 @@ def open_image(path: Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
     Raises:
         DataError: D104 unreadable, truncated or not an allowed format, D105 too many pixels, D106 too narrow.
     """
-    with _opened(path, max_pixels) as image:
+    with _opened(path, max_pixels) as image, _whole_files():
         image.load()
         return upright_rgb(image, path)
 
@@ -54,6 +54,17 @@ def check_header(path: Path, max_pixels: int = MAX_PIXELS) -> Header:
     """Check format, size and kind of pixels from the header alone. Raises: as `open_image`."""
     with _opened(path, max_pixels) as image:
         return Header(image.size, bool(getattr(image, "is_animated", False)))  # BMP has no such attribute
+
+
+@contextlib.contextmanager
+def _whole_files() -> Iterator[None]:
+    """Let Pillow refuse files that break off, though another library (lmms-eval does) had it fill them with grey."""
+    before = ImageFile.LOAD_TRUNCATED_IMAGES
+    ImageFile.LOAD_TRUNCATED_IMAGES = False
+    try:
+        yield
+    finally:
+        ImageFile.LOAD_TRUNCATED_IMAGES = before
 
 
 @contextlib.contextmanager
