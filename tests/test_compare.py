@@ -145,6 +145,30 @@ def test_what_is_done_is_not_done_again_unless_it_has_changed(recipe: Path, tmp_
     assert count(plan_of(recipe, "stages.pretrain.optim.epochs=1")) == 10  # all start from there
 
 
+def test_comparisons_that_share_their_results_make_no_run_twice(recipe: Path, tmp_path: Path) -> None:
+    shared = f"compare.results={tmp_path / 'shared'}"
+    one = plan_of(recipe, shared, "compare.arms.norm=null")
+    assert run_all(one, Results(one, tmp_path / "one"), fake(one), print) == 0
+    other = plan_of(recipe, shared)
+    made: list[Task] = []
+    work = fake(other)
+
+    def counted(task: Task) -> dict[str, Any]:
+        made.append(task)
+        return work(task)
+
+    assert run_all(other, Results(other, tmp_path / "other"), counted, print) == 0
+    assert {task.arm for task in made} == {"norm"}
+    assert not (tmp_path / "other" / "results").exists()
+
+
+def test_reading_lmar_as_well_changes_final_runs_and_no_sweep(recipe: Path) -> None:
+    with_lmar, without = plan_of(recipe), plan_of(recipe, "compare.lmar=false")
+    sweep, final = Task("flat", "lora", 0, 1e-3, True), Task("flat", "lora", 0, 1e-3, False)
+    assert with_lmar.digest(sweep) == without.digest(sweep)
+    assert with_lmar.digest(final) != without.digest(final)
+
+
 def test_a_failed_arm_is_reported_and_does_not_sink_the_others(recipe: Path, tmp_path: Path) -> None:
     plan = plan_of(recipe)
     results, work = Results(plan, tmp_path), fake(plan)

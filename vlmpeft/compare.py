@@ -32,7 +32,8 @@ Keys of the section `compare`:
   compare.dir=runs/compare        compare.seeds=[0,1,2]            compare.reference=ARM
   compare.only=[ARM,...]          compare.hours=null               compare.lmar=false
   compare.sweep.seed=0            compare.sweep.steps=null         compare.sweep.images=50
-  compare.batch_size=8            compare.start=null               compare.arms.NAME=null leaves an arm out
+  compare.batch_size=8            compare.start=null               compare.results=null
+  compare.arms.NAME=null leaves an arm out
   compare.arms.NAME.tuners.TUNER.key=value  compare.arms.NAME.lr=[...]  compare.sets.NAME.questions=FILE
 """
 

@@ -70,8 +70,8 @@ class Comparison:
 
     reference: the arm the others are held against. only: arms to run, none for all; the table shows all there are.
     hours: no run starts that would not be over by then. lmar: also read LMAR and the visual mass of every block.
-    batch_size: images in a forward of the questions. start: where the stages before are kept, null is dir/start; two
-    comparisons that begin alike can share it.
+    batch_size: images in a forward of the questions. start: where the stages before are kept, null is dir/start.
+    results: where finished runs are kept, null is dir/results. Comparisons that share both make no run twice.
     """
 
     arms: Mapping[str, Arm]
@@ -79,6 +79,7 @@ class Comparison:
     reference: str
     dir: str = "runs/compare"
     start: str | None = None
+    results: str | None = None
     seeds: tuple[int, ...] = (0, 1, 2)
     sweep: Sweep = field(default_factory=Sweep)
     only: tuple[str, ...] = ()

@@ -27,9 +27,10 @@ class Results:
     """Finished runs, a file each; a file is whole or absent, and named after all that decides what is in it."""
 
     def __init__(self, plan: Plan, directory: Path) -> None:
-        self.plan, self.directory = plan, directory / RESULTS
+        self.plan, self.directory = plan, Path(plan.comparison.results or directory / RESULTS)
         self.errors: dict[str, Exception] = {}
-        fs.sweep(self.directory)
+        if plan.comparison.results is None:  # or another comparison may be writing there
+            fs.sweep(self.directory)
 
     def path(self, task: Task) -> Path:
         """Where the result of a run is kept."""

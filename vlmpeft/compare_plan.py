@@ -159,7 +159,8 @@ class Plan:
         """Of all that decides a result: a run is made again when one of these changes, and only then."""
         if task not in self._digests:
             chosen, start = self.comparison.sets[task.set], self.start(task)
-            asked = json.dumps([self.asked(task), self.probed(task.set) if self.comparison.lmar else None])
+            probed = self.probed(task.set) if self.comparison.lmar and not task.sweep else None
+            asked = json.dumps([self.asked(task), probed])
             begun = self.init(task) if start is None else Path(start.run.dir).name
             about = (self.comparison.arms[task.arm].train, chosen.suffix, asked, begun)
             self._digests[task] = self._digest(self.recipe(task), about)
