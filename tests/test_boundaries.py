@@ -32,7 +32,7 @@ LEVELS: dict[int, str] = {
     "sample_store sample_text mixture record_encoder prepare stage features vlm quant quant_memory tune conflicts "
     "weights optim language tokens hf_chat prefix decode forward trackers align distributed sharding drift "
     "diagnose_config report report_attention report_data report_sections report_retention report_style charts "
-    "scene_questions steps loglik eval_config compare_config compare_plan compare_picture compare_stats "
+    "scene_questions cpu_attention steps loglik eval_config compare_config compare_plan compare_picture compare_stats "
     "compare_table scene_files hf_prompt likelihood",
     1: "vision vision_timm vision_transformers vision_open_clip vision_weights encoder template images projectors "
     "projectors.linear projectors.mlp projectors.ldp projectors.pixel_shuffle projectors.resampler "
@@ -79,7 +79,7 @@ WHERE = {  # an outside library and the modules that may import it; True if insi
     "accelerate": ({"loop", "trackers", "distributed", "sharding", "forward"}, False),
     "transformers": (
         {
-            *("language", "vision_transformers", "decode", "prefix", "hf_llava", "hf_vlm", "tuners.prompt"),
+            *("language", "vision_transformers", "decode", "prefix", "cpu_attention", "hf_llava", "hf_vlm", "tuners.prompt"),
             "tuners.gated_attention",
         },
         True,

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from torch import nn
 
+from vlmpeft.cpu_attention import attend_in_fp32, is_faster
 from vlmpeft.decode import Answer, OnBatch, Request
 from vlmpeft.errors import EnvironmentFault, ModelError
 from vlmpeft.images import ImageReader, ImageTransform
@@ -146,6 +147,8 @@ def assemble(recipe: Recipe, device: torch.device, dtype: torch.dtype, seed: int
     vision = load_vision(**{f: getattr(recipe.vision, f) for f in recipe.vision.__dataclass_fields__})
     config = recipe.language
     language, tokenizer = load_language(config.name, dtype=dtype, attention=config.attention, eos=config.eos)
+    if config.attention == "auto" and is_faster(dtype, device):
+        attend_in_fp32(language)
     prints = {"vision": fingerprint(vision), "language": fingerprint(language)}
     add_tokens(language, tokenizer, recipe.tokens.add, recipe.tokens.init)
     with torch.random.fork_rng(devices=[]):
