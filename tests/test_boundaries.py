@@ -79,8 +79,8 @@ WHERE = {  # an outside library and the modules that may import it; True if insi
     "accelerate": ({"loop", "trackers", "distributed", "sharding", "forward"}, False),
     "transformers": (
         {
-            *("language", "vision_transformers", "decode", "prefix", "cpu_attention", "hf_llava", "hf_vlm", "tuners.prompt"),
-            "tuners.gated_attention",
+            *("language", "vision_transformers", "decode", "prefix", "hf_llava", "hf_vlm", "tuners.prompt"),
+            *("tuners.gated_attention", "cpu_attention"),
         },
         True,
     ),
