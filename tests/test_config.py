@@ -229,6 +229,34 @@ def test_every_key_with_one_letter_changed_is_refused_and_nearly_always_guessed(
     assert guessed / total >= 0.95, f"{guessed} of {total}"
 
 
+@pytest.mark.parametrize(
+    ("text", "line", "message"),
+    [
+        ("optim:\n  lr: 1e-4\n  warmpu: 0.1\n", 4, "optim: no key 'warmpu'; did you mean 'warmup'?"),
+        ("run:\n  seed: 3\nlora:\n  r: many\n", 5, "tuners.lora.r='many' is not an integer"),
+        ("projector: {name: linear}\nlearning: {rate: 1}\n", 3, "no section 'learning'"),
+        ("projector:\n  name: linear\n  depth: 3\n", 4, "projector 'linear' has no option 'depth'"),
+    ],
+)
+def test_a_mistake_in_a_file_is_answered_with_its_line(
+    text: str, line: int, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("mine.yaml").write_text(f"base: llava_lora\n{text}")
+    assert f"mine.yaml line {line}: {message}" in refusal(recipe="mine.yaml")
+
+
+def test_a_mistake_in_the_file_below_is_answered_with_that_file(tmp_path: Path) -> None:
+    (tmp_path / "below.yaml").write_text("base: llava_lora\nrun: {sed: 3}\n")
+    (tmp_path / "mine.yaml").write_text("base: below.yaml\nrun: {seed: 4}\n")
+    assert f"{tmp_path / 'below.yaml'} line 2: run: no key 'sed'" in refusal(recipe=str(tmp_path / "mine.yaml"))
+
+
+def test_a_mistake_that_was_typed_is_not_looked_for_in_the_file(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text("base: llava_lora\nlora: {r: 4}\n")
+    assert refusal("lora.r=x", recipe=str(tmp_path / "mine.yaml")).startswith("[C102] tuners.lora.r='x'")
+
+
 def test_unknown_recipes_suggest_the_nearest_name() -> None:
     assert refusal(recipe="llava_lroa").startswith("[C103] no recipe 'llava_lroa'; did you mean 'llava_lora'?")
     assert refusal(recipe="nowhere/mine.yaml").startswith("[C103] no recipe file nowhere/mine.yaml.")

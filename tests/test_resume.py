@@ -182,6 +182,23 @@ def test_resume_in_a_new_directory(tiny_recipe: Path, straight: Path, killed: Pa
     assert tensors(tmp_path / "final") == tensors(straight / "final")
 
 
+def test_a_rate_that_is_overridden_holds_for_what_is_left_of_the_run(
+    tiny_recipe: Path, straight: Path, killed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    directory = Path(shutil.copytree(killed, tmp_path / "run"))
+    before = len(metrics(directory))
+    changes = ("stages.instruct.optim.lr=0.02", "run.override=[optim.lr]")
+    assert train(tiny_recipe, directory, *changes) == 0
+    assert "stages.instruct.optim.lr 0.01 -> 0.02" in capsys.readouterr().out
+    ours, theirs = metrics(directory), metrics(straight)
+    assert len(ours) == len(theirs)
+    rates = [(float.fromhex(a["lr"]), float.fromhex(b["lr"])) for a, b in zip(ours, theirs, strict=True) if "lr" in a]
+    assert rates[-1][0] == pytest.approx(2 * rates[-1][1])
+    assert rates[0][0] == rates[0][1]
+    assert before > 0
+    assert "lr: 0.02" in (directory / "final" / "recipe.yaml").read_text()
+
+
 def test_metrics_cut_short_by_a_kill_are_mended(
     tiny_recipe: Path, straight: Path, killed: Path, tmp_path: Path
 ) -> None:

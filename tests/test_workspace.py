@@ -88,6 +88,28 @@ def test_changed_keys_that_leave_training_alone_pass(old: Path, tiny_recipe: Pat
     workspace.compare(old, load_recipe(str(tiny_recipe), [*FAST, *(f"{k}={v}" for k, v in MAY_CHANGE.items())]))
 
 
+@pytest.mark.parametrize("named", ["optim.lr", "stages.instruct.optim.lr"])
+def test_a_rate_that_is_named_may_change_and_is_told(named: str, old: Path, tiny_recipe: Path) -> None:
+    changes = ["stages.instruct.optim.lr=0.5", f"run.override=[{named}]"]
+    found = workspace.compare(old, load_recipe(str(tiny_recipe), [*FAST, *changes]))
+    assert found == ["stages.instruct.optim.lr 0.01 -> 0.5"]
+    with pytest.raises(CheckpointError, match=r"K210.*instruct\.batch\.size") as caught:
+        workspace.compare(old, load_recipe(str(tiny_recipe), [*FAST, *changes, "stages.instruct.batch.size=3"]))
+    assert "optim.lr" not in caught.value.message
+
+
+def test_a_tuners_rate_is_named_in_any_of_its_spellings(old: Path, tiny_recipe: Path) -> None:
+    for named in ("lora.lr", "tuners.lora.lr", "stages.instruct.lora.lr", "stages.instruct.tuners.lora.lr"):
+        changes = ["stages.instruct.lora.lr=0.5", f"run.override=[{named}]"]
+        assert len(workspace.compare(old, load_recipe(str(tiny_recipe), [*FAST, *changes]))) == 1
+
+
+def test_what_a_run_is_made_of_cannot_be_overridden(tiny_recipe: Path) -> None:
+    for key in ("batch.size", "lora.r", "data.max_length", "optim.name", "run.seed"):
+        with pytest.raises(ConfigError, match=r"C102.*run\.override"):
+            load_recipe(str(tiny_recipe), [*FAST, f"run.override=[{key}]"])
+
+
 def test_refusal_on_the_command_line(
     tiny_recipe: Path, old: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -96,6 +118,7 @@ def test_refusal_on_the_command_line(
     assert run_train(tiny_recipe, old.parent, "stages.instruct.optim.lr=0.5") == 5
     assert "error[K210]" in (said := capsys.readouterr().err)
     assert "stages.instruct.optim.lr 0.01 -> 0.5" in said
+    assert "run.override=" in said
     assert run_train(tiny_recipe, old.parent, "run.resume=never") == 2
     assert "error[C112]" in capsys.readouterr().err
     assert old.read_text() == text

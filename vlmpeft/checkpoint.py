@@ -78,22 +78,24 @@ def _stage_of(bundle: Bundle, tuner: str) -> str:
 
 
 def _check_base(bundle: Bundle, directory: Path, manifest: Mapping[str, Any]) -> None:
-    """Raises: ModelError M501 if the base parts are not those `directory` was trained on."""
+    """Raises: ModelError M501 if the base parts are not those `directory` was trained on and the recipe wants them."""
+    if bundle.recipe.run.allow_base_mismatch:
+        return
     for part, base in manifest["base"].items():
         here = bundle.fingerprints[part]
         if here != base["fingerprint"]:
             trained = f"{directory} was trained on {part} '{base['name']}' ({base['fingerprint']})"
             message = f"{trained}, but '{getattr(bundle.recipe, part).name}' here is {here}."
-            raise ModelError("M501", message, "load it on the base it was trained on.")
+            fix = "load it on the base it was trained on, or set run.allow_base_mismatch=true."
+            raise ModelError("M501", message, fix)
 
 
-def restore(bundle: Bundle, directory: Path, manifest: Mapping[str, Any], allow_base_mismatch: bool = False) -> None:
+def restore(bundle: Bundle, directory: Path, manifest: Mapping[str, Any]) -> None:
     """Bring the tuned weights of a verified directory into a freshly assembled bundle.
 
     Raises: ModelError M501 for another base, M502, M503 for tensors that do not fit.
     """
-    if not allow_base_mismatch:
-        _check_base(bundle, directory, manifest)
+    _check_base(bundle, directory, manifest)
     tuners = {name: bundle.recipe.stages[stage].tuners[name] for name, stage in manifest["tuner_stage"].items()}
     bundle.tuned.apply(tuners)
     restore_weights(bundle, directory)
@@ -142,7 +144,9 @@ def load(
     """
     directory = Path(directory)
     manifest = verify(directory)
-    recipe = load_recipe(str(directory / "recipe.yaml"))
+    recipe = load_recipe(
+        str(directory / "recipe.yaml"), ["run.allow_base_mismatch=false"]
+    )  # that was for its own start
     if (directory / MERGED / "config.json").is_file():  # wherever the directory has been moved
         language = dataclasses.replace(recipe.language, name=str(directory / MERGED))
         recipe = dataclasses.replace(recipe, language=language)

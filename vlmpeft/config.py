@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from vlmpeft.recipe import Recipe
 from vlmpeft.schema import as_plain, convert
 from vlmpeft.sections import COMMON, STAGE, Plain, build_recipe
 from vlmpeft.tuners import TUNERS
-from vlmpeft.yaml_file import read_yaml_text
+from vlmpeft.yaml_file import line_of, read_yaml_text
 
 OF_ENCODER = ("weights", "weights_by", "image_size", "mean", "std", "compat")  # what is true of one encoder only
 COMPARE = "compare"  # the section that makes a comparison of a recipe
@@ -51,7 +51,12 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
         raise ConfigError("C105", message, f"run python -m vlmpeft.compare recipe={name_or_path}.")
     for key, value in changes:
         merged = _override(merged, key, value)
-    return build_recipe(merged)
+    try:
+        return build_recipe(merged)
+    except ConfigError as error:
+        wrong = _plain_path(error.key)
+        typed = any(wrong[: len(path)] == path for path in (_plain_path(key) for key, _ in changes))
+        raise error if typed or not error.key else _located(error, _files(name_or_path)) from error
 
 
 def load_comparison(name_or_path: str, overrides: Sequence[str] = ()) -> tuple[Plain, Plain]:
@@ -112,6 +117,31 @@ def _read(name_or_path: str, above: tuple[Path, ...] = ()) -> Plain:
             below = {k: v for k, v in _read(str(base), (*above, path)).items() if k in STAGE}
             recipe["stages"][name] = _merge(below, stage)
     return _normalised(recipe)
+
+
+def _files(name_or_path: str, above: tuple[Path, ...] = ()) -> Iterator[Path]:
+    """The files a recipe is read from, each before those it is based on."""
+    path = _path(name_or_path, above)
+    yield path
+    values = OmegaConf.to_container(OmegaConf.create(read_yaml_text(path)))
+    if isinstance(values, dict) and values.get("base"):
+        yield from _files(str(values["base"]), (*above, path))
+
+
+def _plain_path(key: str) -> list[str]:
+    """A key's parts as a shorthand has them, without `tuners`."""
+    return [part for part in key.split(".") if part != "tuners"]
+
+
+def _located(error: ConfigError, files: Iterable[Path]) -> ConfigError:
+    """The error with file and line of its key, where a file holds it."""
+    for path in files:
+        text = read_yaml_text(path)
+        line = line_of(text, error.key.split(".")) or line_of(text, _plain_path(error.key))
+        if line is not None:
+            shown = path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+            return ConfigError(error.code, f"{shown} line {line}: {error.message}", error.fix, error.key)
+    return error
 
 
 def _path(name_or_path: str, above: Sequence[Path]) -> Path:

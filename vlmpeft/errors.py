@@ -43,9 +43,16 @@ class VlmpeftError(Exception):
 
 
 class ConfigError(VlmpeftError):
-    """A recipe or a command line that cannot be used (C)."""
+    """A recipe or a command line that cannot be used (C).
+
+    Args: key: dotted path of the recipe's key that is wrong, where it is one.
+    """
 
     exit_status = 2
+
+    def __init__(self, code: str, message: str, fix: str = "", key: str = "") -> None:
+        super().__init__(code, message, fix)
+        self.key = key
 
 
 class DataError(VlmpeftError):

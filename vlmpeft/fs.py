@@ -90,6 +90,14 @@ def explained(path: Path) -> Iterator[None]:
         raise
 
 
+def require_room(directory: Path, size: int) -> None:
+    """Raises: CheckpointError K201 if less than `size` bytes are free where `directory` is or will be."""
+    free = shutil.disk_usage(_existing(directory)).free
+    if free < size:
+        message = f"{directory} needs {size:,} bytes of disk for checkpoints, {free:,} are free."
+        raise CheckpointError("K201", message, "free disk space or choose another run.dir.")
+
+
 def _existing(path: Path) -> Path:
     return next(p for p in (path, *path.parents) if p.exists())
 

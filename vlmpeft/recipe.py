@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -174,6 +175,9 @@ class RetentionConfig:
         check(self.batch_size >= 1, "retention.batch_size", self.batch_size, "at least 1")
 
 
+OVERRIDABLE = re.compile(r"(stages\.[^.]+\.)?(optim\.(?!name$)\w+|(tuners\.)?[^.]+\.lr)")
+
+
 @dataclass(frozen=True)
 class RunConfig:
     """How and where a run runs.
@@ -184,6 +188,8 @@ class RunConfig:
     dry_run: print what would train, from config.json files alone, and stop. timeout_s: seconds a process waits for the
     others; longer than the evaluations, which one process makes while the others wait. best_by: what chooses the best
     checkpoint: "loss" on held-out samples, or in the last stage a figure of eval.questions, as "eval.pope.accuracy".
+    override: keys a resumed run may change, of `optim` or a tuner's lr, as [optim.lr]. allow_base_mismatch: start or go
+    on from weights that were trained on another base of the same shapes.
     """
 
     dir: str = "runs/run"
@@ -202,6 +208,8 @@ class RunConfig:
     project: str = "vlmpeft"
     dry_run: bool = False
     timeout_s: int = 7200
+    override: tuple[str, ...] = ()
+    allow_base_mismatch: bool = False
 
     def __post_init__(self) -> None:
         check(0 <= self.seed < 2**63, "run.seed", self.seed, "an integer from 0 to 2**63 - 1")
@@ -210,6 +218,8 @@ class RunConfig:
         check(self.log_every >= 1, "run.log_every", self.log_every, "at least 1")
         for name in ("save_every", "eval_every", "patience"):
             check(getattr(self, name) >= 0, f"run.{name}", getattr(self, name), "0 or more")
+        for key in self.override:
+            check(OVERRIDABLE.fullmatch(key) is not None, "run.override", key, "keys of optim, or a tuner's lr")
 
 
 @dataclass(frozen=True)

@@ -54,6 +54,12 @@ def load_optimizer(optimizer: torch.optim.Optimizer, directory: Path) -> None:
         optimizer.state[parameter][entry] = restored(optimizer, parameter, entry, value)
 
 
+def checkpoint_bytes(bundle: Bundle) -> int:
+    """About what a checkpoint of the current stage takes: what is tuned, and two moments of what trains."""
+    trained = sum(p.numel() * p.element_size() for p in bundle.tuned.trainable().values())
+    return 3 * trained
+
+
 def load_steps(steps: Steps, directory: Path) -> None:
     """Bring back what `Steps.tensors` gave. Raises: ModelError M502 if it is of other tuners or parameters."""
     expected = steps.tensors()

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 from tqdm import tqdm
 
-from vlmpeft import checkpoint, evaluation, fs, retention, sharding, workspace
+from vlmpeft import checkpoint, evaluation, fs, resume, retention, sharding, workspace
 from vlmpeft.align import align
 from vlmpeft.build import Bundle, assemble, choose_device, choose_dtype
 from vlmpeft.config import to_yaml
@@ -31,6 +31,7 @@ from vlmpeft.stopping import Preempted, StopSignal
 
 SUMMARY = "summary.json"
 REPORT = "report.html"
+CHECKPOINTS = 2.5  # there is room for so many before a stage starts: the newest two, and what the run writes besides
 
 
 class Run:
@@ -165,6 +166,7 @@ class Run:
             if found is not None and position.step > 0:
                 trainer.resume(found)
             self._say(table_text(name, bundle.tuned.table()))
+            fs.require_room(self.dir, round(CHECKPOINTS * resume.checkpoint_bytes(bundle)))
             results.append(trainer.train(stop))
             main, processes = self.accelerator.is_main_process, self.accelerator.num_processes
             position = Position(stage=index + 1, total=trainer.position.total, processes=processes)

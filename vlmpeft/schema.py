@@ -42,7 +42,8 @@ def build(cls: type[T], values: object, where: str) -> T:
 
 def unknown_key(where: str, key: str, known: Iterable[str]) -> ConfigError:
     """C101, with the nearest key there is."""
-    return ConfigError("C101", f"{where or 'recipe'}: no key '{key}'{nearest(key, known)}")
+    path = f"{where}.{key}" if where else key
+    return ConfigError("C101", f"{where or 'recipe'}: no key '{key}'{nearest(key, known)}", key=path)
 
 
 def convert(value: object, hint: Any, where: str) -> Any:
@@ -117,7 +118,7 @@ def _number(value: float | str, hint: type) -> float | None:
 
 
 def _wrong(where: str, value: object, allowed: str) -> ConfigError:
-    return ConfigError("C102", f"{where}={value!r} is not {allowed}.", f"write {where}= with {allowed}.")
+    return ConfigError("C102", f"{where}={value!r} is not {allowed}.", f"write {where}= with {allowed}.", where)
 
 
 def as_plain(value: Any) -> Any:

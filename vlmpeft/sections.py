@@ -28,7 +28,7 @@ def build_recipe(values: Mapping[str, Any]) -> Recipe:
     known = [*COMMON, "stages", *STAGE, *TUNERS]
     for key in values:
         if key not in COMMON:
-            raise ConfigError("C101", f"no section '{key}'{nearest(key, known)}")
+            raise ConfigError("C101", f"no section '{key}'{nearest(key, known)}", key=str(key))
     hints = typing.get_type_hints(Recipe)
     sections: Plain = {"stages": stages}
     for key, value in values.items():
@@ -89,7 +89,8 @@ def _projector(values: object) -> ProjectorConfig:
     options: Plain = {}
     for key, value in values.items():
         if key not in known and key != "name":
-            raise ConfigError("C104", f"projector '{name}' has no option '{key}'{nearest(str(key), known)}")
+            message = f"projector '{name}' has no option '{key}'{nearest(str(key), known)}"
+            raise ConfigError("C104", message, key=f"projector.{key}")
         if key != "name":
             options[str(key)] = _option(value, known[key].annotation, f"projector.{key}")
     return ProjectorConfig(name, options)

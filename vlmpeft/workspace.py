@@ -17,7 +17,7 @@ from vlmpeft.config import load_recipe, to_yaml
 from vlmpeft.errors import CheckpointError, ConfigError
 from vlmpeft.loop import METRICS
 from vlmpeft.manifest import MANIFEST, verify
-from vlmpeft.recipe import Recipe
+from vlmpeft.recipe import OVERRIDABLE, Recipe
 from vlmpeft.resume import Position
 from vlmpeft.schema import as_plain
 
@@ -37,6 +37,8 @@ RUN_KEYS = (
     "trackers",
     "project",
     "timeout_s",
+    "override",
+    "allow_base_mismatch",
 )
 CHECKING_KEYS = ("data.workers", "data.verify_images")
 MAY_CHANGE = ("title", "imports", "eval", "retention", *CHECKING_KEYS, *(f"run.{key}" for key in RUN_KEYS))
@@ -81,8 +83,8 @@ def open_directory(directory: Path, recipe: Recipe) -> None:
         if recipe.run.resume == "never":
             message = f"run.dir={directory} holds a run."
             raise ConfigError("C112", message, "set run.resume=auto, run.overwrite=true or another run.dir.")
-        if (directory / RECIPE).is_file():
-            compare(directory / RECIPE, recipe)
+        if (directory / RECIPE).is_file() and (changed := compare(directory / RECIPE, recipe)):
+            tqdm.write(f"changed for what is left of the run: {'; '.join(changed)}")
     if finished(directory):
         _check_final(directory / FINAL)
     else:
@@ -112,14 +114,33 @@ def _check_final(final: Path) -> None:
         ) from error
 
 
-def compare(old: Path, recipe: Recipe) -> None:
-    """Refuse to go on under a recipe that trains differently. Raises: CheckpointError K210 naming the keys."""
+def compare(old: Path, recipe: Recipe) -> list[str]:
+    """Refuse to go on under a recipe that trains differently.
+
+    Returns: what differs by `run.override`. Raises: CheckpointError K210 naming the keys that differ otherwise.
+    """
     found = [d for d in _differences(_plain(load_recipe(str(old))), _plain(recipe)) if not _may_change(d[0], recipe)]
-    if found:
-        changed = "; ".join(f"{key} {a!r} -> {b!r}" for key, a, b in found[:SHOWN])
-        more = f" and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
-        message = f"{old.parent} holds a run of another recipe: {changed}{more}."
-        raise CheckpointError("K210", message, "set them back, or set run.overwrite=true or another run.dir.")
+    lines = {key: f"{key} {a!r} -> {b!r}" for key, a, b in found}
+    wrong = [line for key, line in lines.items() if not _overridden(key, recipe)]
+    if wrong:
+        more = f" and {len(wrong) - SHOWN} more" if len(wrong) > SHOWN else ""
+        message = f"{old.parent} holds a run of another recipe: {'; '.join(wrong[:SHOWN])}{more}."
+        fix = "set them back, or set run.overwrite=true or another run.dir"
+        rates = ", or go on with the new rates by run.override=[KEY]" if any(map(_is_rate, wrong)) else ""
+        raise CheckpointError("K210", message, f"{fix}{rates}.")
+    return list(lines.values())
+
+
+def _is_rate(line: str) -> bool:
+    return OVERRIDABLE.fullmatch(line.split(" ")[0]) is not None
+
+
+def _overridden(key: str, recipe: Recipe) -> bool:
+    """Whether run.override names a key, with or without its stage and `tuners`."""
+    stage, _, own = key.removeprefix("stages.").partition(".")
+    plain = own.removeprefix("tuners.")
+    names = {key, own, plain, f"stages.{stage}.{plain}"}
+    return not names.isdisjoint(recipe.run.override)
 
 
 def _plain(recipe: Recipe) -> dict[str, Any]:

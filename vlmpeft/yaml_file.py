@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import yaml
@@ -31,6 +32,18 @@ def read_yaml_text(path: Path) -> str:
     if nodes > MAX_NODES:
         raise ConfigError("C107", f"{path} grows to {nodes:,} values by its aliases.", "write a recipe without them.")
     return text
+
+
+def line_of(text: str, path: Sequence[str]) -> int | None:
+    """The line, from 1, of the key that a path leads to; None if the text does not hold it."""
+    node, line = yaml.compose(text, Loader=yaml.SafeLoader), None
+    for part in path:
+        pairs = node.value if isinstance(node, yaml.MappingNode) else []
+        found = next(((key, value) for key, value in pairs if key.value == part), None)
+        if found is None:
+            return None
+        line, node = found[0].start_mark.line + 1, found[1]
+    return line
 
 
 def _expanded_nodes(text: str) -> int:
