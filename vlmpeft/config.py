@@ -16,7 +16,7 @@ import vlmpeft.steering  # noqa: F401  its tuners are found by their kind
 from vlmpeft.errors import ConfigError, VlmpeftError, nearest
 from vlmpeft.recipe import Recipe
 from vlmpeft.schema import as_plain, convert
-from vlmpeft.sections import COMMON, STAGE, Plain, build_recipe
+from vlmpeft.sections import COMMON, STAGE, Plain, build_recipe, unknown_section
 from vlmpeft.tuners import TUNERS
 from vlmpeft.yaml_file import read_yaml_text
 
@@ -200,13 +200,16 @@ def _override(recipe: Plain, key: str, value: Any) -> Plain:
     known = {*COMMON, "stages"}
     if not isinstance(stages, Mapping):
         known |= {*STAGE, *TUNERS}
+        if head == "stages" and rest and any(k in recipe for k in STAGE):
+            own = ".".join(rest[1:]) or "a key of the stage"
+            raise ConfigError("C105", f"{key}: this recipe is one stage, whose keys stand by themselves.", f"write {own}.")
     elif head in {*STAGE, *TUNERS}:
         names = " or ".join(f"stages.{name}.{key}" for name in _stages_with(stages, head, rest))
         raise ConfigError("C105", f"{key} is set per stage in this recipe.", f"write {names}.")
     elif head == "stages" and rest and rest[0] not in stages:
         raise ConfigError("C101", f"no stage '{rest[0]}'{nearest(rest[0], map(str, stages))}")
     if head not in known:
-        raise ConfigError("C101", f"no section '{head}'{nearest(head, known)}")
+        raise unknown_section(key, known, stages if isinstance(stages, Mapping) else ())
     for part in reversed(rest):
         value = {part: value}
     return _normalised(_merge(recipe, {head: value}))

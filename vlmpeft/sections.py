@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import typing
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from vlmpeft.conflicts import refuse_conflict, structure
@@ -28,7 +28,7 @@ def build_recipe(values: Mapping[str, Any]) -> Recipe:
     known = [*COMMON, "stages", *STAGE, *TUNERS]
     for key in values:
         if key not in COMMON:
-            raise ConfigError("C101", f"no section '{key}'{nearest(key, known)}")
+            raise unknown_section(key, known, stages)
     hints = typing.get_type_hints(Recipe)
     sections: Plain = {"stages": stages}
     for key, value in values.items():
@@ -43,6 +43,14 @@ def build_recipe(values: Mapping[str, Any]) -> Recipe:
             raise ConfigError("C106", f"{key}.name is not set.", f"write {key}=NAME.")
     recipe = Recipe(**sections)
     return dataclasses.replace(recipe, stages=_with_token_rows(stages)) if recipe.tokens.add else recipe
+
+
+def unknown_section(key: str, known: Iterable[str], stages: Collection[str]) -> ConfigError:
+    """C101, with the nearest section there is. Args: key: a section, or a path that begins with it."""
+    head = key.split(".")[0]
+    if head in stages:
+        return ConfigError("C101", f"'{head}' is a stage of this recipe, no section.", f"write stages.{key}.")
+    return ConfigError("C101", f"no section '{head}'{nearest(head, {*known, *(f'stages.{s}' for s in stages)})}")
 
 
 def _with_token_rows(stages: Mapping[str, Stage]) -> dict[str, Stage]:
@@ -132,4 +140,10 @@ def _tuner(section: object, where: str) -> Tuner:
     if section.get("kind") is None:
         fix = f"write {where}.kind=lora or another of: {', '.join(TUNERS)}."
         raise ConfigError("C106", f"{where}.kind is not set.", fix)
-    return build(typing.cast(type, TUNERS.get(str(section["kind"]))), options, where)
+    kind = str(section["kind"])
+    try:
+        return build(typing.cast(type, TUNERS.get(kind)), options, where)
+    except ConfigError as error:
+        if where in error.message or where == f"tuners.{kind}":
+            raise
+        raise ConfigError(error.code, f"{where}: {error.message}", error.fix) from error
