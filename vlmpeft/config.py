@@ -202,7 +202,9 @@ def _override(recipe: Plain, key: str, value: Any) -> Plain:
         known |= {*STAGE, *TUNERS}
         if head == "stages" and rest and any(k in recipe for k in STAGE):
             own = ".".join(rest[1:]) or "a key of the stage"
-            raise ConfigError("C105", f"{key}: this recipe is one stage, whose keys stand by themselves.", f"write {own}.")
+            raise ConfigError(
+                "C105", f"{key}: this recipe is one stage, whose keys stand by themselves.", f"write {own}."
+            )
     elif head in {*STAGE, *TUNERS}:
         names = " or ".join(f"stages.{name}.{key}" for name in _stages_with(stages, head, rest))
         raise ConfigError("C105", f"{key} is set per stage in this recipe.", f"write {names}.")

@@ -14,9 +14,10 @@ from vlmpeft.errors import ConfigError, nearest
 
 T = TypeVar("T")
 SYNONYMS: Mapping[str, tuple[str, ...]] = {  # what a key is called elsewhere, and what it may be called here
-    "rank": ("r",), "r": ("rank", "dim"), "lora_r": ("r",), "lora_rank": ("r",), "lora_alpha": ("alpha",),
+    "rank": ("r",), "r": ("rank", "dim", "block_size"), "lora_r": ("r",), "lora_rank": ("r",), "lora_alpha": ("alpha",),
     "lora_dropout": ("dropout",), "use_rslora": ("rslora",), "init_lora_weights": ("init",), "rank_pattern": ("ranks",),
     "target_modules": ("targets",), "modules": ("targets",), "layers_to_transform": ("layers", "which"),
+    "layers": ("which",), "keep": ("share",), "fraction": ("share",),
     "num_virtual_tokens": ("tokens",), "learning_rate": ("lr",), "max_steps": ("steps",), "epoch": ("epochs",),
     "num_train_epochs": ("epochs",), "warmup_ratio": ("warmup",), "lr_scheduler_type": ("schedule",),
     "max_grad_norm": ("clip",), "per_device_train_batch_size": ("micro",),

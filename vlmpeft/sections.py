@@ -18,6 +18,10 @@ COMMON = (
     "retention", "diagnose", "run",
 )  # fmt: skip
 STAGE = ("source", "template", "system", "turns", "gradient_checkpointing", "tuners", "optim", "batch")
+NOT_HERE = {  # keys that other tuners or libraries have, and what to write where there is no such key
+    ("adalora", "ranks"): "set init_r, where all layers start, and r, their mean at the end: the budget parts it.",
+    ("lora", "use_dora"): "use a tuner of kind dora.",
+}
 Plain = dict[str, Any]
 
 
@@ -141,9 +145,12 @@ def _tuner(section: object, where: str) -> Tuner:
         fix = f"write {where}.kind=lora or another of: {', '.join(TUNERS)}."
         raise ConfigError("C106", f"{where}.kind is not set.", fix)
     kind = str(section["kind"])
+    for key in options:
+        if why := NOT_HERE.get((kind, str(key))):
+            raise ConfigError("C101", f"{where}: a tuner of kind {kind} has no key '{key}'.", why)
     try:
         return build(typing.cast(type, TUNERS.get(kind)), options, where)
     except ConfigError as error:
-        if where in error.message or where == f"tuners.{kind}":
+        if where in error.message or (where == f"tuners.{kind}" and error.message.startswith(f"{kind}.")):
             raise
         raise ConfigError(error.code, f"{where}: {error.message}", error.fix) from error

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from vlmpeft.conflicts import named_after_parts, refuse_conflict, refuse_replaced, structure
-from vlmpeft.errors import ModelError, VlmpeftError
+from vlmpeft.conflicts import apply_named, named_after_parts, refuse_conflict, refuse_hidden, structure
+from vlmpeft.errors import ModelError
 from vlmpeft.parts import Parts, parameter_table, parts_of, path_of
 from vlmpeft.quant_weight import is_quantised, refuse_training
 from vlmpeft.tuners.attachment import Attachment
@@ -53,7 +53,7 @@ class Tuned:
             self.rename()
             self.active = set(tuners)
             refuse_training(self.model, self.trainable())
-            refuse_replaced(self.model, self.trainable())
+            refuse_hidden(self.model, self.trainable())
             for parameter in self.trainable().values():
                 parameter.requires_grad_(True)
         except Exception:
@@ -68,15 +68,8 @@ class Tuned:
         before = self.applied.get(name)
         if before is None or structure(before.tuner) != structure(tuner):
             refuse_conflict(name, tuner, {other.name: other.tuner for other in self.applied.values()})
-            before = Applied(name, tuner, self._parameters(name, tuner))
+            before = Applied(name, tuner, apply_named(name, tuner, self.model, self.parts))
         self.applied[name] = Applied(name, tuner, before.parameters)
-
-    def _parameters(self, name: str, tuner: Tuner) -> Mapping[str, nn.Parameter]:
-        """What a tuner trains once it is in the model; its errors say which tuner it is."""
-        try:
-            return tuner.apply(self.model, self.parts)
-        except VlmpeftError as error:
-            raise type(error)(error.code, f"tuner '{name}': {error.message}", error.fix) from error
 
     def rename(self) -> None:
         """Give every parameter the name it has now: an adapter that wraps a layer changes the names inside."""

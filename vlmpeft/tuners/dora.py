@@ -32,6 +32,8 @@ class DoRALinear(AdaptedLinear):
     included, sees the dropped input, as in the reference.
     """
 
+    reads_weight = True
+
     def __init__(self, base: nn.Linear, r: int, scale: float, dropout: float) -> None:
         super().__init__(base)
         self.lora_A, self.lora_B = fresh_pair(base, r)
@@ -57,8 +59,8 @@ class DoRALinear(AdaptedLinear):
         """See `AdaptedLinear.adapt`."""
         seen = self.dropout(x)
         turned = out if seen is x else self.base_layer(seen)  # (..., d_out)
-        if self.base_layer.bias is not None:
-            turned = turned - self.base_layer.bias
+        bias = self.base_layer.bias
+        turned = turned if bias is None else turned - bias
         ratio = self.lora_magnitude_vector / self.norm()
         update = self.lora_B(self.lora_A(self.in_own_dtype(seen))) * self.scale
         return (out + (ratio - 1) * turned + ratio * update).to(out.dtype)
