@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from lmar_models import batch, from_matrices, llava
-from tiny_models import randomise
+from tiny_models import IMAGE_ID, randomise
 from torch import Tensor
 
 from vlmpeft import tune

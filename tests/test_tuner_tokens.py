@@ -10,7 +10,7 @@ import pytest
 import torch
 from tiny_models import IMAGE_ID, TOKENS, logits, make, randomise
 from torch import Tensor
-from tuner_table import TABLE, VIRTUAL, tuned_model
+from tuner_table import GATED, TABLE, VIRTUAL, tuned_model
 
 from vlmpeft import tune
 from vlmpeft.batch import IMAGE_TOKEN_ID
@@ -19,11 +19,6 @@ from vlmpeft.pool import AdapterPool
 from vlmpeft.tuners import Full, LoRA
 from vlmpeft.tuners.attachment import Attachment
 
-GATED = {  # a tuner of every kind with `where`, by kind
-    tuner.kind: tuner
-    for tuner in TABLE.values()
-    if any(f.name == "where" for f in dataclasses.fields(tuner))  # type: ignore[arg-type]
-}
 KINDS = pytest.mark.parametrize("kind", ["ours", "hf"])
 FIXED = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0, "eos_token_id": None, "suppress_tokens": [99]}
 
