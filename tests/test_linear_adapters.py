@@ -120,7 +120,7 @@ def test_the_merged_weight_is_that_of_peft(kind: str) -> None:
     ours.merge()
     theirs.merge()
     torch.testing.assert_close(ours.weight, theirs.base_layer.weight)
-    assert (ours.weight - before).abs().max() > 1e-2
+    assert (ours.weight - before).abs().max() > 1e-3
     ours.unmerge()
     assert ours.weight.equal(before)
 
