@@ -20,6 +20,7 @@ from tiny_models import (
     state_of,
 )
 from torch import Tensor
+from tuner_table import TABLE, VIRTUAL
 
 import vlmpeft
 from vlmpeft import tune
@@ -45,6 +46,10 @@ FIXED = {
     "eos_token_id": None,
     "suppress_tokens": [IMAGE_ID],
 }
+
+
+def test_no_kind_of_virtual_tokens_is_left_out() -> None:
+    assert {tuner.kind for tuner in TUNERS.values()} | {"unipelt"} == {TABLE[name].kind for name in VIRTUAL}
 
 
 def tuned_model(kind: str, language_dir: Path, *tuners: Any) -> tuple[Any, dict[str, Tensor], Any]:
