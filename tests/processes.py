@@ -1,7 +1,9 @@
-"""Several processes that make a gloo group: forked from the test, which has imported everything, and ended in time."""
+"""Several processes that make a gloo group: forked from the test, which has imported everything, and ended in time;
+and what must be equal between a run of theirs and one of a single process."""
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -11,7 +13,10 @@ import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import pytest
+import torch
 from accelerate.state import AcceleratorState, GradientState
+from safetensors.torch import load_file
 
 LIMIT_S = 60.0  # all processes together; then they are killed
 
@@ -73,3 +78,21 @@ def _wait(pids: list[int]) -> list[int]:
                 ends[pid] = os.waitstatus_to_exitcode(status)
         time.sleep(0.02)
     return [ends[pid] for pid in pids]
+
+
+def weights(directory: Path) -> dict[str, torch.Tensor]:
+    files = sorted((directory / "final").rglob("*.safetensors"))
+    return {f"{f.name}/{k}": t for f in files for k, t in load_file(f).items()}
+
+
+def curve(directory: Path, *keys: str) -> list[list[float]]:
+    rows = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    return [[row[key] for key in keys if key in row] for row in rows]
+
+
+def same_run(found: Path, expected: Path, atol: float = 1e-5) -> None:
+    """Losses, norms and penalties of every step, and the weights at the end."""
+    keys = ("step", "loss", "eval_loss", "grad_norm", "drift", "supervised_tokens")
+    for ours, theirs in zip(curve(found, *keys), curve(expected, *keys), strict=True):
+        assert ours == pytest.approx(theirs, abs=atol, rel=1e-5)
+    torch.testing.assert_close(weights(found), weights(expected), rtol=0, atol=atol)

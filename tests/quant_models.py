@@ -37,9 +37,11 @@ def make_wide(directory: Path) -> Path:
     return directory
 
 
-def quantised_vlm(language: Path, config: QuantConfig = NF4, dtype: torch.dtype = torch.float32) -> VLM:
+def quantised_vlm(
+    language: Path, config: QuantConfig = NF4, dtype: torch.dtype = torch.float32, keep: bool = False
+) -> VLM:
     model = our_vlm(language, dtype).requires_grad_(False)
-    quantise(model, config)
+    quantise(model, config, keep_originals=keep)
     return model
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from vlmpeft import train
+from vlmpeft import checkpoint, train
 from vlmpeft.batch import IMAGE_TOKEN_ID
 from vlmpeft.build import Bundle, assemble, build
 from vlmpeft.config import load_recipe
@@ -180,3 +180,18 @@ def holding(lock: Path) -> Iterator[subprocess.Popen[str]]:
             yield holder
         finally:
             holder.kill()
+
+
+def assert_answers_alone_as_in_company(bundle: Bundle, image: Path, directory: Path) -> None:
+    """An answer is the same alone, in a batch of other lengths, beside a question about the same image, and from a
+    directory it was saved to; and another without the adapters."""
+    question = "What is shown?"
+    alone = bundle.generate(image, question, max_new_tokens=6)
+    asked = [(image, question), (None, "What is 1 plus 1?"), (image, "Is there a red square?")]
+    assert bundle.generate_batch(asked, max_new_tokens=6)[0] == alone
+    shared = bundle.generate_batch([(image, question), (image, question + " Now?")], max_new_tokens=6)
+    assert shared[0] == alone
+    with bundle.tuned.disable():
+        assert bundle.generate(image, question, max_new_tokens=6) != alone
+    checkpoint.save(bundle, directory)
+    assert checkpoint.load(directory, device="cpu").generate(image, question, max_new_tokens=6) == alone

@@ -33,7 +33,7 @@ LEVELS: dict[int, str] = {
     "weights optim language tokens hf_chat prefix decode forward trackers align distributed sharding drift "
     "diagnose_config report report_attention report_data report_sections report_retention report_style charts "
     "scene_questions cpu_attention steps loglik eval_config compare_config compare_plan compare_picture compare_stats "
-    "compare_table scene_files hf_prompt likelihood",
+    "compare_table overlay scene_files hf_prompt likelihood",
     1: "vision vision_timm vision_transformers vision_open_clip vision_weights encoder template images projectors "
     "projectors.linear projectors.mlp projectors.ldp projectors.pixel_shuffle projectors.resampler "
     "projectors.qformer projectors.identity tuners tuners.dora tuners.embedding_lora tuners.full tuners.krona "
@@ -46,7 +46,7 @@ LEVELS: dict[int, str] = {
     "projectors.base projectors.layers tuners.attachment tuners.base tuners.linear tuners.targets tuners.sites "
     "tuners.substitute tuners.lora_init tuners.peft_folder tuners.virtual tuners.deep_prefix quant_anew "
     "tuners.lora_layers tuners.rank_budget tuners.bottleneck_layers tuners.gated_attention tuners.block_choice "
-    "steering.lowrank peak_memory",
+    "tuners.ranks steering.lowrank peak_memory",
 }
 LEVEL = {name: level for level, names in LEVELS.items() for name in names.split()}
 GROUPS = {  # modules of level 1 that may import each other besides their own level-0 base
@@ -63,6 +63,7 @@ BASES = {  # of level 0, and the groups they are for
     "tuners.lora_layers": {"tuners"},
     "tuners.peft_folder": {"tuners"},
     "tuners.rank_budget": {"tuners"},
+    "tuners.ranks": {"tuners"},
     "tuners.block_choice": {"tuners"},
     "tuners.bottleneck_layers": {"tuners"},
     "tuners.gated_attention": {"tuners"},

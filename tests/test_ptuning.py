@@ -12,8 +12,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from vlmpeft import tune
-from vlmpeft.errors import ConfigError
-from vlmpeft.tuners import PrefixTuning, PromptTuning, PTuningV2
+from vlmpeft.tuners import PTuningV2
 
 N, M, BLOCKS, HEADS, WIDTH = 3, 2, 2, 2, 8  # of the tiny Llama: two blocks, two key heads of 8
 
@@ -64,18 +63,3 @@ def test_logits_and_gradients_are_those_of_the_closed_form(language_dir: Path) -
 def test_trains_a_prefix_in_every_block_and_the_prompts(tuner: PTuningV2, prompts: int, language_dir: Path) -> None:
     trained = tune(our_vlm(language_dir), [tuner]).trainable()
     assert sum(p.numel() for p in trained.values()) == 2 * BLOCKS * N * HEADS * WIDTH + prompts * 32
-
-
-@pytest.mark.parametrize(
-    "wrong",
-    [
-        lambda: PrefixTuning(0), lambda: PrefixTuning(hidden=0), lambda: PrefixTuning(part="vision"),
-        lambda: PrefixTuning(lr=0.0), lambda: PTuningV2(0), lambda: PTuningV2(prompts=0),
-        lambda: PTuningV2(part="projector"), lambda: PTuningV2(lr=2.0), lambda: PromptTuning(0),
-        lambda: PromptTuning(init="vocab"), lambda: PromptTuning(init="text"), lambda: PromptTuning(init_text="a"),
-        lambda: PromptTuning(part="vision"), lambda: PromptTuning(lr=-1.0),
-    ],
-)  # fmt: skip
-def test_values_out_of_range_are_refused(wrong: Any) -> None:
-    with pytest.raises(ConfigError, match="C102"):
-        wrong()

@@ -1,16 +1,12 @@
-"""Which layers a tuner works on: names, presets, expressions, blocks; and ranks of their own."""
+"""Which layers a tuner works on: names, presets, expressions, blocks."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
-from pathlib import Path
 from typing import Any
 
 import pytest
-from peft_twins import assert_stock_peft_agrees
-from safetensors.torch import load_file
-from tiny_models import hf_llava, our_vlm, randomise
+from tiny_models import hf_llava
 
 from vlmpeft import tune
 from vlmpeft.errors import ConfigError, ModelError
@@ -75,57 +71,3 @@ def test_an_expression_finds_layers_below_other_adapters() -> None:
 def test_half_of_a_list_that_matches_is_refused_with_the_nearest_name() -> None:
     with pytest.raises(ModelError, match=r"M550.*'vproj'.*did you mean 'v_proj'"):
         tune(hf_llava(), [LoRA(2, targets=("q_proj", "vproj"))])
-
-
-RANKS = {"down_proj": 2, "q_proj": 8}
-
-
-def test_layers_have_ranks_and_scales_of_their_own() -> None:
-    for alpha, scales in ((None, {2.0}), (8.0, {8 / 2, 8 / 8, 8 / 4})):
-        model = hf_llava()
-        tune(model, [LoRA(4, alpha, ranks=RANKS)])
-        layers = adapted(model)
-        assert {name: len(m.lora_A.weight) for name, m in layers.items()} == {
-            name: RANKS.get(name.rsplit(".", 1)[-1], 4) for name in layers
-        }
-        assert {m.scale for m in layers.values()} == scales
-
-
-@pytest.mark.parametrize("options", [{}, {"alpha": 6.0}, {"init": "pissa", "rslora": True}, {"layers": "last:1"}])
-def test_ranks_go_to_stock_peft_and_back(options: Any, language_dir: Path, tmp_path: Path) -> None:
-    tuner = LoRA(4, ranks=RANKS, **options)
-    assert_stock_peft_agrees(tuner, language_dir, tmp_path)
-    folder = tmp_path / "VLM" / "adapters" / "it"
-    ranks = {
-        k.rsplit(".", 3)[-3]: t.shape[0]
-        for k, t in load_file(folder / "adapter_model.safetensors").items()
-        if "lora_A" in k
-    }
-    double = 2 if options.get("init") else 1
-    assert (ranks["down_proj"], ranks["q_proj"], ranks["v_proj"]) == (2 * double, 8 * double, 4 * double)
-
-
-def test_a_folder_of_other_ranks_is_refused(language_dir: Path, tmp_path: Path) -> None:
-    tuned = tune(our_vlm(language_dir), {"it": LoRA(4, 4.0, ranks=RANKS)})
-    randomise(tuned.trainable())
-    tuned.save(tmp_path)
-    config = tmp_path / "adapters" / "it" / "adapter_config.json"
-    with pytest.raises(ModelError, match=r"M554.*rank_pattern"):
-        tune(our_vlm(language_dir), {"it": LoRA(4, 4.0)}).load(tmp_path)
-    with pytest.raises(ModelError, match=r"M502.*rank_pattern"):
-        tune(our_vlm(language_dir), {"it": LoRA(4, 4.0, ranks={"q_proj": 8})}).load(tmp_path)
-    values = json.loads(config.read_text())
-    values["alpha_pattern"] = dict.fromkeys(values["rank_pattern"], 2.0)
-    config.write_text(json.dumps(values))
-    with pytest.raises(ModelError, match=r"M502.*alpha_pattern"):
-        tuned.load(tmp_path)
-
-
-def test_ranks_for_layers_that_are_no_targets_are_refused() -> None:
-    with pytest.raises(ModelError, match=r"M550.*lora.ranks names 'down_prj'.*did you mean 'down_proj'"):
-        tune(hf_llava(), [LoRA(4, ranks={"down_prj": 2})])
-    with pytest.raises(ModelError, match=r"M550.*not among the targets"):
-        tune(hf_llava(), [LoRA(4, targets="minimal", ranks={"down_proj": 2})])
-    for ranks in ({"q_proj": 0}, {"q_proj": 1.5}):
-        with pytest.raises(ConfigError, match=r"C102.*lora.ranks"):
-            LoRA(4, ranks=ranks)  # type: ignore[arg-type]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft_twins import assert_checkpointing_changes_nothing, assert_lives, assert_stock_peft_agrees
+from peft_twins import assert_checkpointing_changes_nothing, assert_lives, assert_stock_peft_agrees, tune_calibrated
 from quant_models import dense_twin, quantised_vlm
 from tiny_models import changed, logits, our_inputs, our_vlm, randomise, state_of
 from tuner_table import ELSEWHERE, EVERY, IN_PLACE, START, TABLE, UNMERGEABLE, VIRTUAL, tuned_model
@@ -18,7 +18,7 @@ from vlmpeft.optim import adamw, parameter_groups, set_lr
 from vlmpeft.resume import OPTIMIZER, STEPS, load_optimizer, load_steps, optimizer_state
 from vlmpeft.steps import Steps
 from vlmpeft.tune import Tuned
-from vlmpeft.tuners import TUNERS
+from vlmpeft.tuners import TUNERS, LoRA
 from vlmpeft.tuners.base import peft_form
 
 
@@ -49,7 +49,7 @@ def test_training_lowers_the_loss_and_changes_what_is_declared(
 ) -> None:
     model, given = our_vlm(language_dir, dtype), our_inputs()
     given["pixel_values"] = given["pixel_values"].to(dtype)
-    tuned = tune(model, {"it": TABLE[name]})
+    tuned = tune_calibrated(model, TABLE[name], given)
     trainable = tuned.trainable()
     assert {p.dtype for p in trainable.values()} == {torch.float32}
     assert logits(model, given).dtype == dtype
@@ -74,7 +74,7 @@ def test_stopped_saved_and_taken_up_again_it_ends_bit_for_bit_the_same(
     ends = []
     for stops in ((0, 4), (0, 2, 4)):
         for first, last in itertools.pairwise(stops):
-            tuned = tune(our_vlm(language_dir), {"it": TABLE[name]})
+            tuned = tune_calibrated(our_vlm(language_dir), TABLE[name], our_inputs())
             optimizer = adamw(parameter_groups(tuned, 1e-2, 0.1), (0.9, 0.999), 1e-8)
             set_lr(optimizer, 1.0)
             steps = Steps(tuned, 5, l2_sp=0.01)
@@ -115,17 +115,20 @@ def test_saved_and_read_it_is_the_same(name: str, kind: str, language_dir: Path,
     assert logits(second, given).equal(logits(first, given))
 
 
-WHOLE = {"layers", "unfreeze"}  # they train the very weights that are quantised
+WHOLE = {"layers", "unfreeze", "fish"}  # they train the very weights that are quantised
 
 
-@EVERY
+ON_QUANTISED = {**TABLE, "lora loftq": LoRA(4, init="loftq")}
+
+
+@pytest.mark.parametrize("name", ON_QUANTISED)
 def test_on_a_quantised_base_it_acts_as_on_the_weights_that_stand_for_it(name: str, wide_dir: Path) -> None:
-    model, given = quantised_vlm(wide_dir), our_inputs()
+    model, given, tuner = quantised_vlm(wide_dir, keep=name == "lora loftq"), our_inputs(), ON_QUANTISED[name]
     if name in WHOLE:
         with pytest.raises(ModelError, match=r"M551.*quantised.*lora"):
-            tune(model, [TABLE[name]])
+            tune(model, [tuner])
         return
-    tuned = tune(model, [TABLE[name]])
+    tuned = tune(model, [tuner])
     randomise(tuned.trainable())
     torch.testing.assert_close(logits(model, given), logits(dense_twin(model), given), rtol=1e-4, atol=1e-4)
     model(**given).loss.backward()

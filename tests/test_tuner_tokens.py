@@ -10,7 +10,7 @@ import pytest
 import torch
 from tiny_models import IMAGE_ID, TOKENS, logits, make, randomise
 from torch import Tensor
-from tuner_table import TABLE, VIRTUAL, tuned_model
+from tuner_table import GATED, TABLE, VIRTUAL, tuned_model
 
 from vlmpeft import tune
 from vlmpeft.batch import IMAGE_TOKEN_ID
@@ -19,11 +19,8 @@ from vlmpeft.pool import AdapterPool
 from vlmpeft.tuners import Full, LoRA
 from vlmpeft.tuners.attachment import Attachment
 
-GATED = {  # a tuner of every kind with `where`, by kind
-    tuner.kind: tuner
-    for tuner in TABLE.values()
-    if any(f.name == "where" for f in dataclasses.fields(tuner))  # type: ignore[arg-type]
-}
+# Those of virtual tokens are in test_virtual_tokens.py.
+ACTING = pytest.mark.parametrize("name", [n for n in TABLE if n not in VIRTUAL or n.startswith("unipelt")])
 KINDS = pytest.mark.parametrize("kind", ["ours", "hf"])
 FIXED = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0, "eos_token_id": None, "suppress_tokens": [99]}
 
@@ -69,7 +66,7 @@ def test_where_and_layers_ask_for_the_language_model(method: str) -> None:
         dataclasses.replace(tuner, where="images")
 
 
-@pytest.mark.parametrize("name", [n for n in TABLE if n not in VIRTUAL])  # theirs are in test_virtual_tokens.py
+@ACTING
 def test_a_mixed_batch_padded_on_either_side_gives_what_its_rows_give_alone(name: str, language_dir: Path) -> None:
     model, _, _ = tuned_model(name, "ours", language_dir)
     image, pixels = [IMAGE_TOKEN_ID] * TOKENS, torch.randn(3, 3, 4, 4)
@@ -93,7 +90,7 @@ def one_row(ids: list[int], pixels: Tensor | None) -> dict[str, Tensor]:
     return {"input_ids": torch.tensor([ids])} | ({} if pixels is None else {"pixel_values": pixels})
 
 
-@pytest.mark.parametrize("name", [n for n in TABLE if n not in VIRTUAL])
+@ACTING
 def test_generation_with_a_cache_is_that_without(name: str, language_dir: Path) -> None:
     model, given, _ = tuned_model(name, "hf", language_dir)
     prompt = {key: value for key, value in given.items() if key != "labels"}

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from runs import assert_answers_alone_as_in_company
 from tiny_models import (
     IMAGE_ID,
     TOKENS,
@@ -19,6 +20,7 @@ from tiny_models import (
     state_of,
 )
 from torch import Tensor
+from tuner_table import TABLE, VIRTUAL
 
 import vlmpeft
 from vlmpeft import tune
@@ -44,6 +46,10 @@ FIXED = {
     "eos_token_id": None,
     "suppress_tokens": [IMAGE_ID],
 }
+
+
+def test_no_kind_of_virtual_tokens_is_left_out() -> None:
+    assert {tuner.kind for tuner in TUNERS.values()} | {"unipelt"} == {TABLE[name].kind for name in VIRTUAL}
 
 
 def tuned_model(kind: str, language_dir: Path, *tuners: Any) -> tuple[Any, dict[str, Tensor], Any]:
@@ -164,19 +170,7 @@ def test_our_generation_is_the_same_alone_in_a_batch_shared_and_saved(
     recipe = vlmpeft.load_recipe(str(tiny_recipe), [*overrides, "vision.image_size=64", "run.device=cpu"])
     bundle = vlmpeft.build(recipe)
     strengthen({k: p for k, p in bundle.tuned.trainable().items() if "projector" not in k})
-    question, image = "What is shown?", data_dir / "images" / "000.png"
-    alone = bundle.generate(image, question, max_new_tokens=6)
-    asked = [(image, question), (None, "What is 1 plus 1?"), (image, "Is there a red square?")]
-    assert bundle.generate_batch(asked, max_new_tokens=6)[0] == alone
-    shared = bundle.generate_batch([(image, question), (image, question + " Now?")], max_new_tokens=6)
-    assert shared[0] == alone
-    with bundle.tuned.disable():
-        assert bundle.generate(image, question, max_new_tokens=6) != alone
-
-    from vlmpeft.checkpoint import save
-
-    save(bundle, tmp_path / "model")
-    assert vlmpeft.load(tmp_path / "model", device="cpu").generate(image, question, max_new_tokens=6) == alone
+    assert_answers_alone_as_in_company(bundle, data_dir / "images" / "000.png", tmp_path / "model")
 
 
 @EACH

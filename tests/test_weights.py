@@ -119,7 +119,7 @@ def test_an_adapter_that_also_sits_in_the_vision_tower_is_refused(tmp_path: Path
 @pytest.mark.parametrize(
     "change",
     [
-        {"use_dora": True}, {"bias": "all"}, {"modules_to_save": ["lm_head"]}, {"rank_pattern": {"q_proj": 4}},
+        {"use_dora": True}, {"bias": "all"}, {"modules_to_save": ["lm_head"]}, {"alpha_pattern": {"q_proj": 3}},
         {"lora_bias": True}, {"peft_type": "LOHA"}, {"target_modules": ".*proj"},
     ],
 )  # fmt: skip

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from peft_twins import tune_calibrated
 from tiny_models import make, randomise
 from torch import Tensor
 
-from vlmpeft import tune
 from vlmpeft.steering import MoReS
 from vlmpeft.tune import Tuned
 from vlmpeft.tuners import (
@@ -21,6 +22,7 @@ from vlmpeft.tuners import (
     BottleneckAdapter,
     DoRA,
     EmbeddingLoRA,
+    FishMask,
     Full,
     GradualUnfreezing,
     KronA,
@@ -65,23 +67,35 @@ TABLE: dict[str, Tuner] = {
     "unipelt": UniPELT(r=4, tokens=3, hidden=None, dim=6),
     "unipelt projected": UniPELT(r=4, tokens=3, hidden=6),
     "mores": MoReS(rank=2, positions="all"),
+    "mores reference": MoReS(rank=2, positions="all", site="block_output", init="reference"),
+    "loreft": MoReS(rank=2, positions="all", tokens="text"),
     "mores unconstrained": MoReS(rank=2, positions="uniform:2", variant="unconstrained"),
     "norm": NormTuning(),
     "layers": LayerTuning(which="last:1"),
+    "fish": FishMask(0.02),
     "unfreeze": GradualUnfreezing((1, 1), (0, 2)),
     "bitfit": BitFit(part="vision"),
     "embedding lora": EmbeddingLoRA(r=4),
     "full": Full("projector"),
 }
-ELSEWHERE = {"fish", "token_rows"}  # they need data or new tokens first, and have files of their own
+GATED = {  # a tuner of every kind with `where`, by kind
+    tuner.kind: tuner
+    for tuner in TABLE.values()
+    if any(f.name == "where" for f in dataclasses.fields(tuner))  # type: ignore[arg-type]
+}
+ELSEWHERE = {"token_rows"}  # they need new tokens first: test_tokens.py
 VIRTUAL = {  # what they add is there before any training
     "prefix", "projected prefix", "prompt", "p-tuning v2", "unipelt", "unipelt projected",
 }  # fmt: skip
-START = dict.fromkeys(VIRTUAL, 1e3) | {"lora orthogonal": 1e-5}  # how far off the base it may start; else not at all
+START = dict.fromkeys(VIRTUAL, 1e3) | {
+    "mores reference": 1e3,
+    "lora orthogonal": 1e-5,
+}  # how far off the base it may start; else not at all
 IN_PLACE = {"full"}
 UNMERGEABLE = VIRTUAL | {
     "lora visual", "lora pissa visual", "adalora text", "ia3 text", "houlsby", "pfeiffer visual", "mores",
-    "mores unconstrained", "embedding lora",  # the tiny language model's head is tied to its embedding
+    "mores reference", "mores unconstrained", "loreft",
+    "embedding lora",  # the tiny language model's head is tied to its embedding
 }  # fmt: skip
 EVERY = pytest.mark.parametrize("name", TABLE)
 
@@ -93,6 +107,6 @@ def tuned_model(name: str, kind: str, language_dir: Path, size: float = 1.0) -> 
     """
     model, given = make(kind, language_dir)
     torch.manual_seed(2)
-    tuned = tune(model, {"it": TABLE[name]})
+    tuned = tune_calibrated(model, TABLE[name], given)
     randomise(tuned.trainable(), scale=0.1 * size)
     return model, given, tuned

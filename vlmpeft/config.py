@@ -14,13 +14,13 @@ from omegaconf import OmegaConf
 
 import vlmpeft.steering  # noqa: F401  its tuners are found by their kind
 from vlmpeft.errors import ConfigError, VlmpeftError, nearest
+from vlmpeft.overlay import merge, normalised, of_kind
 from vlmpeft.recipe import Recipe
 from vlmpeft.schema import as_plain, convert
-from vlmpeft.sections import COMMON, STAGE, Plain, build_recipe
+from vlmpeft.sections import COMMON, STAGE, Plain, build_recipe, unknown_section
 from vlmpeft.tuners import TUNERS
 from vlmpeft.yaml_file import line_of, read_yaml_text
 
-OF_ENCODER = ("weights", "weights_by", "image_size", "mean", "std", "compat")  # what is true of one encoder only
 COMPARE = "compare"  # the section that makes a comparison of a recipe
 ALIASES = {"vision": "vision.name", "language": "language.name", "projector": "projector.name"}
 
@@ -74,7 +74,7 @@ def load_comparison(name_or_path: str, overrides: Sequence[str] = ()) -> tuple[P
         if key.split(".")[0] == COMPARE:
             for part in reversed(key.split(".")):
                 value = {part: value}
-            section = _merge(section, value)
+            section = merge(section, value)
         else:
             shared = _override(shared, key, value)
     return section[COMPARE], shared
@@ -83,7 +83,7 @@ def load_comparison(name_or_path: str, overrides: Sequence[str] = ()) -> tuple[P
 def recipe_of(values: Mapping[str, Any], *changes: Mapping[str, Any]) -> Recipe:
     """The recipe that values describe once changes are merged into them; null takes a key out. Raises: ConfigError."""
     for change in changes:
-        values = _merge(values, _normalised(dict(change)))
+        values = merge(values, normalised(dict(change)))
     return build_recipe(values)
 
 
@@ -111,12 +111,12 @@ def _read(name_or_path: str, above: tuple[Path, ...] = ()) -> Plain:
     recipe: Plain = {str(k): v for k, v in values.items()}
     _import(recipe.get("imports"))
     if base := recipe.pop("base", None):
-        recipe = _merge(_read(str(base), (*above, path)), recipe)
+        recipe = merge(_read(str(base), (*above, path)), recipe)
     for name, stage in (recipe.get("stages") or {}).items():
         if isinstance(stage, dict) and (base := stage.pop("base", None)):
             below = {k: v for k, v in _read(str(base), (*above, path)).items() if k in STAGE}
-            recipe["stages"][name] = _merge(below, stage)
-    return _normalised(recipe)
+            recipe["stages"][name] = merge(below, stage)
+    return normalised(recipe)
 
 
 def _files(name_or_path: str, above: tuple[Path, ...] = ()) -> Iterator[Path]:
@@ -159,56 +159,6 @@ def _path(name_or_path: str, above: Sequence[Path]) -> Path:
     return path.resolve()
 
 
-def _merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> Plain:
-    """Deep merge; an encoder or projector of another name drops the options of the one below."""
-    out = dict(below)
-    for key, value in above.items():
-        old = out.get(key)
-        both = isinstance(old, Mapping) and isinstance(value, Mapping)
-        out[key] = _merge(_surviving(key, old, value), value) if both else value  # type: ignore[arg-type]
-    return out
-
-
-def _surviving(key: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> Mapping[str, Any]:
-    """What of a section is still meant once `new` names another part."""
-    if key not in ("vision", "projector") or new.get("name", old.get("name")) == old.get("name"):
-        return old
-    return {} if key == "projector" else {k: v for k, v in old.items() if k not in OF_ENCODER}
-
-
-def _normalised(recipe: Plain) -> Plain:
-    """The recipe with every shorthand section (`lora: {r: 64}`) below `tuners`."""
-    stages = recipe.get("stages")
-    if isinstance(stages, Mapping):
-        return {**recipe, "stages": {k: _without_shorthand(v, f"stages.{k}.") for k, v in stages.items()}}
-    return _without_shorthand(recipe, "")
-
-
-def _without_shorthand(section: Any, prefix: str) -> Any:
-    """A shorthand section means the one tuner of its kind, or a new one named after the kind."""
-    kinds = [k for k in TUNERS if isinstance(section, Mapping) and k in section]
-    if not kinds:
-        return section
-    out = {k: v for k, v in section.items() if k not in kinds}
-    tuners = dict(out.get("tuners") or {})
-    for kind in kinds:
-        named = [name for name in _of_kind(tuners, kind) if name != kind]
-        own = tuners.get(kind) is not None or not named
-        if len(named) > 1 and not own:
-            fix = "write " + " or ".join(f"{prefix}tuners.{name}" for name in named) + "."
-            raise ConfigError("C105", f"'{prefix}{kind}' could be any of {len(named)} tuners.", fix)
-        name = kind if own else named[0]
-        value = section[kind]
-        tuners[name] = {"kind": kind, **(tuners.get(name) or {}), **value} if isinstance(value, Mapping) else value
-    return {**out, "tuners": tuners}
-
-
-def _of_kind(tuners: object, kind: str) -> list[str]:
-    """Names of the tuners of one kind."""
-    found = tuners.items() if isinstance(tuners, Mapping) else ()
-    return [str(name) for name, section in found if isinstance(section, Mapping) and section.get("kind") == kind]
-
-
 def _parse(text: str) -> tuple[str, Any]:
     """`key=value` as a key and a value. Raises: ConfigError C108."""
     key, equals, value = text.partition("=")
@@ -230,16 +180,21 @@ def _override(recipe: Plain, key: str, value: Any) -> Plain:
     known = {*COMMON, "stages"}
     if not isinstance(stages, Mapping):
         known |= {*STAGE, *TUNERS}
+        if head == "stages" and rest and any(k in recipe for k in STAGE):
+            own = ".".join(rest[1:]) or "a key of the stage"
+            raise ConfigError(
+                "C105", f"{key}: this recipe is one stage, whose keys stand by themselves.", f"write {own}."
+            )
     elif head in {*STAGE, *TUNERS}:
         names = " or ".join(f"stages.{name}.{key}" for name in _stages_with(stages, head, rest))
         raise ConfigError("C105", f"{key} is set per stage in this recipe.", f"write {names}.")
     elif head == "stages" and rest and rest[0] not in stages:
         raise ConfigError("C101", f"no stage '{rest[0]}'{nearest(rest[0], map(str, stages))}")
     if head not in known:
-        raise ConfigError("C101", f"no section '{head}'{nearest(head, known)}")
+        raise unknown_section(key, known, stages if isinstance(stages, Mapping) else ())
     for part in reversed(rest):
         value = {part: value}
-    return _normalised(_merge(recipe, {head: value}))
+    return normalised(merge(recipe, {head: value}))
 
 
 def _stages_with(stages: Mapping[str, Any], head: str, rest: Sequence[str]) -> list[str]:
@@ -248,7 +203,7 @@ def _stages_with(stages: Mapping[str, Any], head: str, rest: Sequence[str]) -> l
     def has(stage: object) -> bool:
         tuners = stage.get("tuners") if isinstance(stage, Mapping) else None
         if head in TUNERS:
-            return bool(_of_kind(tuners, head))
+            return bool(of_kind(tuners, head))
         if head == "tuners" and rest:
             return isinstance(tuners, Mapping) and rest[0] in tuners
         return isinstance(stage, Mapping) and head in stage

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from vlmpeft.adapter_files import adapter_folder
+from vlmpeft.conflicts import refuse_covered
 from vlmpeft.errors import ModelError, nearest
 from vlmpeft.routed import route
 from vlmpeft.routing import rows_with
@@ -95,6 +96,7 @@ class AdapterPool:
             layers = [m for m in added if isinstance(m, AdaptedLinear)]
             if len(layers) < len(added) or not layers:
                 raise ModelError("M591", f"a {tuner.kind} is more than adapters on linear layers.", "use vlmpeft.tune.")
+            refuse_covered(self.tuned.model)
         except Exception:
             self._take_out(set(self._attachments()) - before)
             raise

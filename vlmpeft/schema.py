@@ -13,6 +13,15 @@ from typing import Any, TypeVar
 from vlmpeft.errors import ConfigError, nearest
 
 T = TypeVar("T")
+SYNONYMS: Mapping[str, tuple[str, ...]] = {  # what a key is called elsewhere, and what it may be called here
+    "rank": ("r",), "r": ("rank", "dim", "block_size"), "lora_r": ("r",), "lora_rank": ("r",), "lora_alpha": ("alpha",),
+    "lora_dropout": ("dropout",), "use_rslora": ("rslora",), "init_lora_weights": ("init",), "rank_pattern": ("ranks",),
+    "target_modules": ("targets",), "modules": ("targets",), "layers_to_transform": ("layers", "which"),
+    "layers": ("which",), "keep": ("share",), "fraction": ("share",),
+    "num_virtual_tokens": ("tokens",), "learning_rate": ("lr",), "max_steps": ("steps",), "epoch": ("epochs",),
+    "num_train_epochs": ("epochs",), "warmup_ratio": ("warmup",), "lr_scheduler_type": ("schedule",),
+    "max_grad_norm": ("clip",), "per_device_train_batch_size": ("micro",),
+}  # fmt: skip
 
 
 def build(cls: type[T], values: object, where: str) -> T:
@@ -41,9 +50,11 @@ def build(cls: type[T], values: object, where: str) -> T:
 
 
 def unknown_key(where: str, key: str, known: Iterable[str]) -> ConfigError:
-    """C101, with the nearest key there is."""
+    """C101, with the key that is meant, if it is one of another library's, or else with the nearest there is."""
+    names = set(known)
+    meant = next((name for name in SYNONYMS.get(key, ()) if name in names), key)
     path = f"{where}.{key}" if where else key
-    return ConfigError("C101", f"{where or 'recipe'}: no key '{key}'{nearest(key, known)}", key=path)
+    return ConfigError("C101", f"{where or 'recipe'}: no key '{key}'{nearest(meant, names)}", key=path)
 
 
 def convert(value: object, hint: Any, where: str) -> Any:

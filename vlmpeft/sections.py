@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import typing
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from vlmpeft.conflicts import refuse_conflict, structure
@@ -18,6 +18,10 @@ COMMON = (
     "retention", "diagnose", "run",
 )  # fmt: skip
 STAGE = ("source", "template", "system", "turns", "gradient_checkpointing", "tuners", "optim", "batch")
+NOT_HERE = {  # keys that other tuners or libraries have, and what to write where there is no such key
+    ("adalora", "ranks"): "set init_r, where all layers start, and r, their mean at the end: the budget parts it.",
+    ("lora", "use_dora"): "use a tuner of kind dora.",
+}
 Plain = dict[str, Any]
 
 
@@ -28,7 +32,7 @@ def build_recipe(values: Mapping[str, Any]) -> Recipe:
     known = [*COMMON, "stages", *STAGE, *TUNERS]
     for key in values:
         if key not in COMMON:
-            raise ConfigError("C101", f"no section '{key}'{nearest(key, known)}", key=str(key))
+            raise unknown_section(key, known, stages)
     hints = typing.get_type_hints(Recipe)
     sections: Plain = {"stages": stages}
     for key, value in values.items():
@@ -43,6 +47,15 @@ def build_recipe(values: Mapping[str, Any]) -> Recipe:
             raise ConfigError("C106", f"{key}.name is not set.", f"write {key}=NAME.")
     recipe = Recipe(**sections)
     return dataclasses.replace(recipe, stages=_with_token_rows(stages)) if recipe.tokens.add else recipe
+
+
+def unknown_section(key: str, known: Iterable[str], stages: Collection[str]) -> ConfigError:
+    """C101, with the nearest section there is. Args: key: a section, or a path that begins with it."""
+    head = key.split(".")[0]
+    if head in stages:
+        return ConfigError("C101", f"'{head}' is a stage of this recipe, no section.", f"write stages.{key}.", head)
+    hint = nearest(head, {*known, *(f"stages.{name}" for name in stages)})
+    return ConfigError("C101", f"no section '{head}'{hint}", key=head)
 
 
 def _with_token_rows(stages: Mapping[str, Stage]) -> dict[str, Stage]:
@@ -133,4 +146,13 @@ def _tuner(section: object, where: str) -> Tuner:
     if section.get("kind") is None:
         fix = f"write {where}.kind=lora or another of: {', '.join(TUNERS)}."
         raise ConfigError("C106", f"{where}.kind is not set.", fix)
-    return build(typing.cast(type, TUNERS.get(str(section["kind"]))), options, where)
+    kind = str(section["kind"])
+    for key in options:
+        if why := NOT_HERE.get((kind, str(key))):
+            raise ConfigError("C101", f"{where}: a tuner of kind {kind} has no key '{key}'.", why)
+    try:
+        return build(typing.cast(type, TUNERS.get(kind)), options, where)
+    except ConfigError as error:
+        if where in error.message or (where == f"tuners.{kind}" and error.message.startswith(f"{kind}.")):
+            raise
+        raise ConfigError(error.code, f"{where}: {error.message}", error.fix) from error

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from vlmpeft.conflicts import named_after_parts, refuse_conflict, refuse_replaced, structure
+from vlmpeft.conflicts import apply_named, named_after_parts, refuse_conflict, refuse_hidden, structure
 from vlmpeft.errors import ModelError
 from vlmpeft.parts import Parts, parameter_table, parts_of, path_of
 from vlmpeft.quant_weight import is_quantised, refuse_training
@@ -53,7 +53,7 @@ class Tuned:
             self.rename()
             self.active = set(tuners)
             refuse_training(self.model, self.trainable())
-            refuse_replaced(self.model, self.trainable())
+            refuse_hidden(self.model, self.trainable())
             for parameter in self.trainable().values():
                 parameter.requires_grad_(True)
         except Exception:
@@ -68,7 +68,7 @@ class Tuned:
         before = self.applied.get(name)
         if before is None or structure(before.tuner) != structure(tuner):
             refuse_conflict(name, tuner, {other.name: other.tuner for other in self.applied.values()})
-            before = Applied(name, tuner, tuner.apply(self.model, self.parts))
+            before = Applied(name, tuner, apply_named(name, tuner, self.model, self.parts))
         self.applied[name] = Applied(name, tuner, before.parameters)
 
     def rename(self) -> None:

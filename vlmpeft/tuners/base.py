@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
-from vlmpeft.errors import ConfigError
+from vlmpeft.errors import ConfigError, nearest
 from vlmpeft.parts import PARTS, Parts
 from vlmpeft.registry import Registry
 from vlmpeft.tuners.attachment import Attachment
@@ -193,7 +193,8 @@ TUNERS: Registry[Tuner] = Registry("tuner")
 
 def check_part(part: str, key: str) -> None:
     """Raise ConfigError C102 unless `part` is the name of one."""
-    check(part in PARTS, key, part, "one of " + ", ".join(PARTS))
+    if part not in PARTS:
+        raise ConfigError("C102", f"{key}={part!r} is no part{nearest(part, PARTS)}")
 
 
 def check(condition: bool, key: str, value: object, allowed: str) -> None:

@@ -6,7 +6,6 @@ Letters: r rank, d_in d_out widths.
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,8 +19,10 @@ from vlmpeft.quant_weight import plain_weight
 from vlmpeft.tuners.base import TUNERS, check
 from vlmpeft.tuners.block_choice import EVERY, Choice
 from vlmpeft.tuners.linear import AdaptedLinear, Where, check_linear, wrap_linears
+from vlmpeft.tuners.lora_layers import fresh_pair
 from vlmpeft.tuners.peft_folder import check_settings, peft_settings
-from vlmpeft.tuners.targets import ALL_LINEAR
+from vlmpeft.tuners.ranks import PATTERNS, Ranks
+from vlmpeft.tuners.targets import ALL_LINEAR, find_linears
 
 
 class DoRALinear(AdaptedLinear):
@@ -31,13 +32,11 @@ class DoRALinear(AdaptedLinear):
     included, sees the dropped input, as in the reference.
     """
 
+    reads_weight = True
+
     def __init__(self, base: nn.Linear, r: int, scale: float, dropout: float) -> None:
         super().__init__(base)
-        device = base.weight.device
-        self.lora_A = nn.Linear(base.in_features, r, bias=False, device=device, dtype=torch.float32)
-        self.lora_B = nn.Linear(r, base.out_features, bias=False, device=device, dtype=torch.float32)
-        nn.init.kaiming_uniform_(self.lora_A.weight, a=math.sqrt(5))
-        nn.init.zeros_(self.lora_B.weight)
+        self.lora_A, self.lora_B = fresh_pair(base, r)
         self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
         self.scale = scale
         self.lora_magnitude_vector = nn.Parameter(self.norm())
@@ -60,8 +59,8 @@ class DoRALinear(AdaptedLinear):
         """See `AdaptedLinear.adapt`."""
         seen = self.dropout(x)
         turned = out if seen is x else self.base_layer(seen)  # (..., d_out)
-        if self.base_layer.bias is not None:
-            turned = turned - self.base_layer.bias
+        bias = self.base_layer.bias
+        turned = turned if bias is None else turned - bias
         ratio = self.lora_magnitude_vector / self.norm()
         update = self.lora_B(self.lora_A(self.in_own_dtype(seen))) * self.scale
         return (out + (ratio - 1) * turned + ratio * update).to(out.dtype)
@@ -78,7 +77,7 @@ class DoRA:
     """Low-rank adapters of the weights' directions, and their magnitudes.
 
     Args:
-        r, alpha, dropout, targets, part, rslora, where, layers: as LoRA's.
+        r, ranks, alpha, dropout, targets, part, rslora, where, layers: as LoRA's.
         lr: learning rate of its own; None is the run's, `optim.lr`: 2e-4 unless it is set, as LLaVA and QLoRA have it.
     """
 
@@ -92,45 +91,42 @@ class DoRA:
     where: Where = "all"
     layers: Choice = EVERY
     lr: float | None = None
+    ranks: Mapping[str, int] | None = None
 
     def __post_init__(self) -> None:
         check_linear(self)
-        check(self.r >= 1, "dora.r", self.r, "an integer of at least 1")
+        self._ranks.check()
         check(0 <= self.dropout < 1, "dora.dropout", self.dropout, "a number in [0, 1)")
-        check(self.alpha is None or self.alpha > 0, "dora.alpha", self.alpha, "a number above 0")
         check(self.lr is None or 0 < self.lr <= 1, "dora.lr", self.lr, "a number in (0, 1]")
 
     @property
-    def numerator(self) -> float:
-        """alpha, with its default."""
-        return 2.0 * self.r if self.alpha is None else self.alpha
-
-    @property
-    def scale(self) -> float:
-        """alpha / r, or alpha / sqrt(r)."""
-        return self.numerator / (math.sqrt(self.r) if self.rslora else self.r)
+    def _ranks(self) -> Ranks:
+        return Ranks(self.kind, self.r, self.alpha, self.rslora, self.ranks)
 
     def resolved(self) -> DoRA:
         """The same tuner with alpha written out."""
-        return dataclasses.replace(self, alpha=self.numerator)
+        return self if self.ranks else dataclasses.replace(self, alpha=self._ranks.numerator(self.r))
 
     def apply(self, model: nn.Module, parts: Parts) -> Mapping[str, nn.Parameter]:
         """Wrap the target layers. Returns: A, B and the magnitude of each, by name."""
-        return wrap_linears(model, parts, self, lambda base: DoRALinear(base, self.r, self.scale, self.dropout))
+        ranks = self._ranks.by_layer(find_linears(model, parts, self.part, self.targets, self.layers))
+        return wrap_linears(model, parts, self, lambda base: self._layer(base, ranks[id(base)]))
+
+    def _layer(self, base: nn.Linear, r: int) -> DoRALinear:
+        return DoRALinear(base, r, self._ranks.scale(r), self.dropout)
 
     @property
     def in_peft(self) -> bool:
         """`peft` acts on every token."""
         return self.where == "all"
 
-    @property
-    def _settings(self) -> dict[str, object]:
-        return {"r": self.r, "lora_alpha": self.numerator, "use_rslora": self.rslora, "use_dora": True}
-
     def peft_config(self, base: str, targets: list[str]) -> dict[str, Any]:
         """See `PeftForm.peft_config`."""
-        return peft_settings("LORA", self.part, base, targets, lora_dropout=self.dropout, **self._settings)
+        settings = self._ranks.settings(targets)
+        return peft_settings("LORA", self.part, base, targets, lora_dropout=self.dropout, use_dora=True, **settings)
 
     def check_peft(self, folder: Path) -> None:
         """See `PeftForm.check_peft`."""
-        check_settings(folder, "LORA", self._settings)
+        ours = PATTERNS if self.ranks else frozenset()
+        config = check_settings(folder, "LORA", {"use_dora": True}, ours, numbers=("r", "lora_alpha"))
+        self._ranks.check_folder(folder, config)

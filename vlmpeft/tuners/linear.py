@@ -76,12 +76,15 @@ class Slot:
 class AdaptedLinear(WeightUpdate):
     """A linear layer that keeps its base as `base_layer` and adds something of its own; see the tuners for what.
 
+    reads_weight: its output depends on the layer's weight itself, which adapters below it must not change.
+
     Args:
         base: a linear layer, or one that is adapted already; stays as it is but while merged.
         where: which tokens it acts on; at all others the output is the base's, bit for bit.
     """
 
     wraps_linear = True
+    reads_weight: ClassVar[bool] = False
     base_layer: nn.Linear
 
     def __init__(self, base: nn.Linear, where: Where = "all") -> None:
@@ -99,6 +102,11 @@ class AdaptedLinear(WeightUpdate):
     def out_features(self) -> int:
         """d_out."""
         return self.base_layer.out_features
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The base's bias, (d_out,)."""
+        return self.base_layer.bias
 
     @property
     def unmergeable(self) -> str:

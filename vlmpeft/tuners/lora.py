@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from vlmpeft.errors import ModelError, nearest
+from vlmpeft.errors import ModelError
 from vlmpeft.parts import Parts
 from vlmpeft.tuners.base import TUNERS, check
 from vlmpeft.tuners.block_choice import EVERY, Choice
@@ -24,11 +24,11 @@ from vlmpeft.tuners.linear import Where, check_linear, wrap_linears
 from vlmpeft.tuners.lora_init import orthogonal_
 from vlmpeft.tuners.lora_layers import LoftQLinear, LoRALinear, PiSSALinear
 from vlmpeft.tuners.peft_folder import peft_settings, read_config
+from vlmpeft.tuners.ranks import PATTERNS, Ranks, read_ranks
 from vlmpeft.tuners.targets import ALL_LINEAR, find_linears
 
 Init = Literal["default", "pissa", "loftq", "orthogonal"]
 STARTED = ("pissa", "loftq")  # saved with their start
-PATTERNS = frozenset({"rank_pattern", "alpha_pattern"})
 LORA_WEIGHTS = A_WEIGHT, B_WEIGHT = ("lora_A.weight", "lora_B.weight")
 
 
@@ -76,33 +76,28 @@ class LoRA:
 
     def __post_init__(self) -> None:
         check_linear(self)
-        check(self.r >= 1, "lora.r", self.r, "an integer of at least 1")
-        for r in (self.ranks or {}).values():
-            check(isinstance(r, int) and r >= 1, "lora.ranks", dict(self.ranks or {}), "integers of at least 1 by name")
+        self._ranks.check()
         check(self.init in get_args(Init), "lora.init", self.init, "one of " + ", ".join(get_args(Init)))
-        even = all(r % 2 == 0 for r in (self.r, *(self.ranks or {}).values()))
+        even = all(r % 2 == 0 for r in self._ranks.every())
         check(self.init != "orthogonal" or even, "lora.r", self.r, "an even rank with init=orthogonal")
         check(self.loftq_iterations >= 1, "lora.loftq_iterations", self.loftq_iterations, "an integer of at least 1")
         check(0 < self.lr_ratio < math.inf, "lora.lr_ratio", self.lr_ratio, "a number above 0")
         check(0 <= self.dropout < 1, "lora.dropout", self.dropout, "a number in [0, 1)")
-        check(self.alpha is None or self.alpha > 0, "lora.alpha", self.alpha, "a number above 0")
         check(self.lr is None or 0 < self.lr <= 1, "lora.lr", self.lr, "a number in (0, 1]")
+
+    @property
+    def _ranks(self) -> Ranks:
+        return Ranks(self.kind, self.r, self.alpha, self.rslora, self.ranks, doubled=self.init in STARTED)
 
     @property
     def numerator(self) -> float:
         """alpha, with its default."""
-        return self._numerator(self.r)
-
-    def _numerator(self, r: int) -> float:
-        return 2.0 * r if self.alpha is None else self.alpha
+        return self._ranks.numerator(self.r)
 
     @property
     def scale(self) -> float:
         """alpha / r, or alpha / sqrt(r)."""
-        return self._scale(self.r)
-
-    def _scale(self, r: int) -> float:
-        return self._numerator(r) / (math.sqrt(r) if self.rslora else r)
+        return self._ranks.scale(self.r)
 
     def resolved(self) -> LoRA:
         """The same tuner with alpha written out, so that equal adapters compare equal."""
@@ -111,25 +106,13 @@ class LoRA:
 
     def apply(self, model: nn.Module, parts: Parts) -> Mapping[str, nn.Parameter]:
         """Wrap the target layers. Returns: what trains of A and B of each, by name."""
-        ranks = self._ranks(find_linears(model, parts, self.part, self.targets, self.layers))
+        ranks = self._ranks.by_layer(find_linears(model, parts, self.part, self.targets, self.layers))
         found = wrap_linears(model, parts, self, lambda base: self._layer(base, ranks[id(base)]))
         trained = (B_WEIGHT,) if self.freeze_a else (A_WEIGHT, B_WEIGHT)
         return {name: p for name, p in found.items() if name.endswith(trained)}
 
-    def _ranks(self, layers: Mapping[str, nn.Module]) -> dict[int, int]:
-        """Ranks by id of the layer. Raises: ModelError M550 for one given for a layer that is not a target."""
-        known = {path.rsplit(".", 1)[-1] for path in layers}
-        for name in self.ranks or {}:
-            if name not in known:
-                message = f"lora.ranks names '{name}', which is not among the targets{nearest(name, known)}"
-                raise ModelError("M550", message, "name target layers exactly.")
-        return {id(layer): self._rank(path) for path, layer in layers.items()}
-
-    def _rank(self, path: str) -> int:
-        return (self.ranks or {}).get(path.rsplit(".", 1)[-1], self.r)
-
     def _layer(self, base: nn.Linear, r: int) -> LoRALinear:
-        given = base, r, self._scale(r), self.dropout
+        given = base, r, self._ranks.scale(r), self.dropout
         if self.init == "loftq" and not base.weight.is_meta:
             layer: LoRALinear = LoftQLinear(*given, self.loftq_iterations)
         else:
@@ -157,40 +140,15 @@ class LoRA:
         """`peft` acts on every token."""
         return self.where == "all"
 
-    def _written(self, r: int) -> tuple[int, float]:
-        """Rank and alpha in the file: one with a start holds that, too, and means the same scale."""
-        if self.init not in STARTED:
-            return r, self._numerator(r)
-        return 2 * r, self._numerator(r) * (math.sqrt(2) if self.rslora else 2)
-
     def check_peft(self, folder: Path) -> None:
-        """Raise unless an adapter folder was trained with these ranks and scales: equal shapes do not tell."""
+        """Raise unless an adapter folder was trained with these ranks and scales."""
         config = read_config(folder, "LORA", ("r", "lora_alpha"), PATTERNS if self.ranks else frozenset())
-        found = (config["r"], float(config["lora_alpha"]), bool(config.get("use_rslora")))
-        r, alpha = self._written(self.r)
-        if found != (r, alpha, self.rslora):
-            ours = f"{r}, {alpha:g}, {self.rslora}"
-            theirs = f"{folder} has r, alpha, rslora = {found[0]}, {found[1]:g}, {found[2]}"
-            fix = "apply the tuner it was trained with, or lora_from_peft(directory)."
-            raise ModelError("M502", f"{theirs}; the tuner here has {ours}.", fix)
-        for pattern, expected in self._patterns(self.ranks or {}).items():
-            by_name = {path.rsplit(".", 1)[-1]: value for path, value in (config.get(pattern) or {}).items()}
-            if by_name != expected:
-                message = f"{folder} has {pattern}={by_name}; the tuner here has {expected}."
-                raise ModelError("M502", message, "apply the tuner it was trained with.")
-
-    def _patterns(self, paths: Iterable[str]) -> dict[str, dict[str, float]]:
-        """peft's patterns for the layers of other ranks among these."""
-        written = {path: self._written(self._rank(path)) for path in paths if self._rank(path) != self.r}
-        alphas = {path: alpha for path, (_, alpha) in written.items() if alpha != self._written(self.r)[1]}
-        return {"rank_pattern": {path: r for path, (r, _) in written.items()}, "alpha_pattern": alphas}
+        self._ranks.check_folder(folder, config)
 
     def peft_config(self, base: str, targets: list[str]) -> dict[str, Any]:
         """See `PeftForm.peft_config`."""
-        r, alpha = self._written(self.r)
-        options = {"r": r, "lora_alpha": alpha, "lora_dropout": self.dropout, "use_rslora": self.rslora}
-        patterns = self._patterns(targets) if self.ranks else {}
-        return peft_settings("LORA", self.part, base, targets, **options, **patterns)
+        settings = self._ranks.settings(targets)
+        return peft_settings("LORA", self.part, base, targets, lora_dropout=self.dropout, **settings)
 
     def to_peft(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """See `PeftTensors`: the start goes behind A and B, its B negative, as a LoRA of rank 2 r."""
@@ -228,17 +186,13 @@ def lora_from_peft(directory: Path, part: str = "language") -> LoRA:
     Args: part: where the adapter sits; PEFT's file does not say.
     Raises: ModelError M502 if there is no such file, M554 for settings that this tuner does not have.
     """
-    config = read_adapter_config(Path(directory))
+    config = read_config(Path(directory), "LORA", ("r", "lora_alpha"), PATTERNS)
+    alpha, ranks = read_ranks(Path(directory), config)
     targets = config.get("target_modules")
     if isinstance(targets, str) and targets != ALL_LINEAR:
         raise ModelError("M554", f"{directory}: target_modules={targets!r} is a pattern.", "list the layers' names.")
     names = ALL_LINEAR if isinstance(targets, str) else tuple(sorted({t.rsplit(".", 1)[-1] for t in targets or ()}))
     return LoRA(
-        int(config["r"]), float(config["lora_alpha"]), float(config.get("lora_dropout", 0.0)), names, part,
-        rslora=bool(config.get("use_rslora")),
+        int(config["r"]), alpha, float(config.get("lora_dropout", 0.0)), names, part,
+        rslora=bool(config.get("use_rslora")), ranks=ranks,
     )  # fmt: skip
-
-
-def read_adapter_config(directory: Path) -> dict[str, Any]:
-    """adapter_config.json of a PEFT folder that describes plain LoRA. Raises: ModelError M502, M554."""
-    return read_config(directory, "LORA", numbers=("r", "lora_alpha"))

@@ -14,20 +14,25 @@ from vlmpeft.tuners.linear import AdaptedLinear, chain
 from vlmpeft.tuners.lora_init import principal
 
 
-class LoRALinear(AdaptedLinear):
-    """base(x) + scale * B A dropout(x), with A (r, d_in), B (d_out, r) in fp32 on a base of any dtype.
+def fresh_pair(base: nn.Linear, r: int) -> tuple[nn.Linear, nn.Linear]:
+    """A (r, d_in) and B (d_out, r) in fp32, whose product starts at zero.
 
-    Initialised as loralib does (loralib/layers.py:119): A Kaiming-uniform with a = sqrt(5), B zero, so that the layer
-    starts as its base.
+    Initialised as loralib does (loralib/layers.py:119): A Kaiming-uniform with a = sqrt(5), B zero.
     """
+    device = base.weight.device
+    a = nn.Linear(base.in_features, r, bias=False, device=device, dtype=torch.float32)
+    b = nn.Linear(r, base.out_features, bias=False, device=device, dtype=torch.float32)
+    nn.init.kaiming_uniform_(a.weight, a=math.sqrt(5))
+    nn.init.zeros_(b.weight)
+    return a, b
+
+
+class LoRALinear(AdaptedLinear):
+    """base(x) + scale * B A dropout(x), with A (r, d_in), B (d_out, r) in fp32 on a base of any dtype."""
 
     def __init__(self, base: nn.Linear, r: int, scale: float, dropout: float) -> None:
         super().__init__(base)
-        device = base.weight.device
-        self.lora_A = nn.Linear(base.in_features, r, bias=False, device=device, dtype=torch.float32)
-        self.lora_B = nn.Linear(r, base.out_features, bias=False, device=device, dtype=torch.float32)
-        nn.init.kaiming_uniform_(self.lora_A.weight, a=math.sqrt(5))
-        nn.init.zeros_(self.lora_B.weight)
+        self.lora_A, self.lora_B = fresh_pair(base, r)
         self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
         self.scale = scale
         self.train(base.training)  # or the dropout would act in a model that is in eval mode

@@ -65,11 +65,19 @@ def read_config(
 
 
 def check_settings(
-    directory: Path, peft_type: str, expected: Mapping[str, object], ours: frozenset[str] = frozenset()
-) -> None:
-    """Raise ModelError M502 unless a PEFT folder has these values, or M554 as `read_config`: shapes do not tell."""
-    config = read_config(directory, peft_type, ours=ours | frozenset(expected))
+    directory: Path,
+    peft_type: str,
+    expected: Mapping[str, object],
+    ours: frozenset[str] = frozenset(),
+    numbers: tuple[str, ...] = (),
+) -> dict[str, Any]:
+    """The config of a PEFT folder that has these values: shapes do not tell. Args: ours, numbers: as `read_config`.
+
+    Raises: ModelError M502 for other values, M502 and M554 as `read_config`.
+    """
+    config = read_config(directory, peft_type, numbers, ours | frozenset(expected))
     for key, value in expected.items():
         if config.get(key) != value:
             message = f"{directory} has {key}={config.get(key)!r}; the tuner here has {value!r}."
             raise ModelError("M502", message, "apply the tuner it was trained with.")
+    return config

@@ -78,6 +78,12 @@ class Substitute(Attachment):
         return weight
 
     @property
+    def bias(self) -> Tensor | None:
+        """The bias a linear layer adds: the tensor that stands for it, if one does."""
+        base: Tensor | None = self.base_layer.bias  # type: ignore[assignment]
+        return base if self.merged or not self.enabled else self.tensors().get("bias", base)
+
+    @property
     def in_features(self) -> int:
         """Of a linear layer."""
         return int(self.weight.shape[1])

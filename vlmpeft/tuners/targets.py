@@ -81,7 +81,8 @@ def _plain(path: str) -> str:
 
 
 def check_targets(targets: str | Sequence[str], key: str) -> None:
-    """Raise ConfigError C102 for an expression that is none."""
+    """Raise ConfigError C102 for an empty list, or an expression that is none."""
+    check(bool(targets), key, targets, "all-linear, minimal, standard, re:EXPRESSION or a list of layer names")
     if isinstance(targets, str) and targets.startswith(PATTERN):
         try:
             re.compile(targets.removeprefix(PATTERN))
