@@ -56,9 +56,10 @@ def open_folder(folder: Path, settings: Mapping[str, Any], overwrite: bool) -> d
         _move_away(folder)
     parts = sorted(folder.glob(PARTS))
     if parts:
-        begun = part_file(folder, 0)
-        _compare(folder, _header(begun), settings)
-        _write_part(begun, settings, batches_of(parts))
+        begun, batches = part_file(folder, 0), batches_of(parts)
+        if batches:  # what ended before its first answer, as with a model that was not there, binds nobody
+            _compare(folder, _header(begun), settings)
+        _write_part(begun, settings, batches)
         for part in parts:
             if part != begun:
                 part.unlink()

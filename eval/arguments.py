@@ -9,6 +9,8 @@ from typing import Any
 
 from vlmpeft.errors import ConfigError, nearest
 
+SOURCES = ("questions", "data")  # what the questions of a benchmark are named by
+
 
 def parse_arguments(
     argv: Sequence[str], defaults: Mapping[str, Any], required: Sequence[str], doc: str
@@ -31,7 +33,7 @@ def parse_arguments(
             example = f"write for example {required[0]}=PATH."
             raise ConfigError("C102", f"expected key=value, got '{argument}'.", example)
         if key not in defaults and key not in required:
-            raise ConfigError("C101", f"no key '{key}'{nearest(key, [*required, *defaults])}")
+            raise _unknown(key, [*required, *defaults])
         if key in values:
             raise ConfigError("C102", f"{key} is given twice.", "keep one.")
         values[key] = _convert(key, value, defaults[key]) if key in defaults else value
@@ -39,6 +41,15 @@ def parse_arguments(
         if not values.get(key):
             raise ConfigError("C102", f"{key} is not given.", f"add {key}=PATH; --help lists every key.")
     return {**defaults, **values}
+
+
+def _unknown(key: str, known: Sequence[str]) -> ConfigError:
+    """The error for a key that another benchmark, or the other way to call this one, has."""
+    if key == "model" and "answers" in known:
+        return ConfigError("C101", "model is given beside answers.", "keep one: given answers are scored as they are.")
+    if key in SOURCES and (own := next((name for name in known if name in SOURCES), None)):
+        return ConfigError("C101", f"no key '{key}' here.", f"the questions of this benchmark are named by {own}=PATH.")
+    return ConfigError("C101", f"no key '{key}'{nearest(key, known)}")
 
 
 def _convert(key: str, value: str, default: Any) -> Any:

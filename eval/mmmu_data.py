@@ -140,4 +140,6 @@ def _rows(file: Path, wanted: Sequence[str]) -> Iterator[dict[str, Any]]:
             for batch in source.iter_batches(64, columns=[name for name in wanted if name in names]):
                 yield from batch.to_pylist()
     except (pyarrow.ArrowException, OSError) as error:
-        raise EvalError("V602", f"{file} cannot be read: {error}.", "download it again.") from error
+        raise EvalError(
+            "V602", f"{file} cannot be read: {str(error).rstrip('.')}.", "give MMMU's parquet files."
+        ) from error

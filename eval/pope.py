@@ -93,6 +93,8 @@ def read_questions(files: str) -> list[dict[str, Any]]:
 
     Rows of the 2910-row random file carry that as `revision`, which the metrics repeat.
     """
+    if not all(files.split(",")):
+        raise ConfigError("C102", f"questions={files}: a name is missing beside a comma.", "take the comma away.")
     paths = [Path(file) for file in files.split(",")]
     if len({path.stem for path in paths}) < len(paths):
         raise ConfigError("C102", f"questions={files}: two files share a name.", "rename one; the name is the setting.")

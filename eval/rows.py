@@ -24,8 +24,7 @@ def read_rows(path: str | Path, required: Sequence[str] = ()) -> list[dict[str, 
         ConfigError: C102 if there is no such file.
         EvalError: V602 with file and line for bad JSON, a missing key or a wrong type, and for a file without rows.
     """
-    if not os.path.isfile(path):
-        raise ConfigError("C102", f"no file '{path}'.", "check the path.")
+    require_file(path)
     rows: list[dict[str, Any]] = []
     with open(path, "rb") as file:
         for number, line in enumerate(file, start=1):
@@ -34,7 +33,7 @@ def read_rows(path: str | Path, required: Sequence[str] = ()) -> list[dict[str, 
                 if text:
                     rows.append(_checked(json.loads(text), required))
             except (ValueError, RecursionError) as error:
-                reason = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else error
+                reason = _reason(error)
                 hint = "write one JSON object a line, in UTF-8."
                 raise EvalError("V602", f"{path} line {number}: {reason}.", hint) from error
     if not rows:
@@ -44,12 +43,25 @@ def read_rows(path: str | Path, required: Sequence[str] = ()) -> list[dict[str, 
 
 def read_document(path: str | Path) -> Any:
     """One JSON document. Raises: ConfigError C102 if there is no such file, EvalError V602 if it is no JSON."""
-    if not os.path.isfile(path):
-        raise ConfigError("C102", f"no file '{path}'.", "check the path.")
+    require_file(path)
     try:
         return json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise EvalError("V602", f"{path}: {error}.", "give one JSON document, in UTF-8.") from error
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, json.JSONDecodeError):
+        return f"{error.msg} at column {error.colno}"
+    return "no text in UTF-8" if isinstance(error, UnicodeDecodeError) else str(error)
+
+
+def require_file(path: str | Path) -> None:
+    """Raises: ConfigError C102 for a folder, and where nothing is."""
+    if os.path.isdir(path):
+        raise ConfigError("C102", f"'{path}' is a folder.", "name a file in it.")
+    if not os.path.isfile(path):
+        raise ConfigError("C102", f"no file '{path}'.", "check the path.")
 
 
 def _checked(row: Any, required: Sequence[str]) -> dict[str, Any]:

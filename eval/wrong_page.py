@@ -65,15 +65,18 @@ def _tiles(wrong: int, metrics: Mapping[str, Any]) -> str:
         low, high = metrics.get("accuracy_ci95", (None, None))
         note = f"95 % interval {100 * low:.1f} to {100 * high:.1f}" if low is not None else ""
         tiles.append(("Accuracy, %", f"{100 * accuracy:.1f}", note))
-    tiles.append(("Wrong", f"{wrong:,}", f"of {metrics['n']:,} questions" if "n" in metrics else ""))
-    tiles += [(label, f"{metrics[key]:,}", "of all answers") for key, label in COUNTS.items() if key in metrics]
+    of, answers = (f"of {metrics['n']:,} {what}" if "n" in metrics else "" for what in ("questions", "answers"))
+    tiles.append(("Wrong", f"{wrong:,}", of))
+    tiles += [(label, f"{metrics[key]:,}", answers) for key, label in COUNTS.items() if key in metrics]
     cells = (f"<b>{a}</b><strong>{b}</strong><span>{c}</span>" for a, b, c in tiles)
     return f'<div class="tiles">{"".join(f"""<div class="tile">{cell}</div>""" for cell in cells)}</div>'
 
 
 def _card(wrong: Wrong) -> str:
     """One answer: pictures, group, number, question, right answer, what was said and what was read of it."""
-    pictures = "".join(map(_picture, wrong.pictures))
+    pictures = "".join(_picture(image, wrong.question_id) for image in wrong.pictures)
+    if len(wrong.pictures) > 1:
+        pictures = f'<div class="pictures">{pictures}</div>'
     terms = [("Right answer", wrong.expected), ("Said", wrong.said or "nothing")]
     terms += [("Read as", wrong.parsed)] if wrong.parsed is not None else []
     answers = "".join(f"<dt>{term}</dt><dd>{escape(text)}</dd>" for term, text in terms)
@@ -83,8 +86,9 @@ def _card(wrong: Wrong) -> str:
     )
 
 
-def _picture(image: Path | bytes) -> str:
+def _picture(image: Path | bytes, question_id: str) -> str:
     from vlmpeft.report import thumbnail
 
     uri = thumbnail(image if isinstance(image, Path) else io.BytesIO(image))
-    return f'<img src="{uri}" alt="Picture asked about">' if uri else '<div class="gone">picture cannot be read</div>'
+    alt = escape(f"Picture that question {question_id} is about")
+    return f'<img src="{uri}" alt="{alt}">' if uri else '<div class="gone">picture cannot be read</div>'

@@ -176,3 +176,12 @@ def test_smoothing_keeps_a_straight_line_and_calms_noise() -> None:
 )
 def test_numbers_are_short(value: float, text: str) -> None:
     assert number(value) == text
+
+
+def test_labels_of_a_log_scale_below_a_thousandth_are_all_powers() -> None:
+    texts = [
+        t.text
+        for t in parse(line_chart("Rate", [Series("a", [(0, 1e-5), (9, 1e-3)])], "x", "y", log=True)).iter(f"{SVG}text")
+    ]
+    assert {"1e-5", "1e-4", "1e-3"} <= set(texts)
+    assert "0.001" not in texts

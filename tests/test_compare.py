@@ -212,7 +212,10 @@ def test_the_table_says_what_was_measured(recipe: Path, tmp_path: Path) -> None:
     assert (found["arm"], found["questions"], found["paired"]["difference"]) == ("norm", 8, 0.5)
     assert re.fullmatch(r"\+50\.0 \(\+\d+\.\d to \+\d+\.\d\)", rows[3][6].strip())
     assert (tmp_path / "flat-accuracy.png").read_bytes().startswith(b"\x89PNG")
-    assert "<td>100.0</td>" in (tmp_path / "report.html").read_text()
+    page = (tmp_path / "report.html").read_text()
+    assert "<td>100.0</td>" in page
+    assert "<td></td>" not in page  # a dash where nothing was measured
+    assert 'alt="Accuracy of each arm on flat, against the parameters it trains in the language model"' in page
 
 
 def run_compare(recipe: Path, directory: Path, *overrides: str) -> int:

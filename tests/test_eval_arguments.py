@@ -9,6 +9,7 @@ import pytest
 
 from vlmpeft.errors import ConfigError, EvalError
 from vlmpeft.eval import runner
+from vlmpeft.eval.pope import read_questions
 from vlmpeft.eval.rows import read_rows
 
 DEFAULTS = {"suffix": "\nBriefly.", "batch_size": 16, "quick": False, "compare": None}
@@ -102,6 +103,21 @@ def test_file_without_rows_and_missing_file_are_refused(tmp_path: Path) -> None:
     (tmp_path / "empty.jsonl").write_text("\n\n")
     with pytest.raises(EvalError, match=r"V602.*has no rows"):
         read_rows(tmp_path / "empty.jsonl")
-    for path in (tmp_path / "absent.jsonl", tmp_path):
-        with pytest.raises(ConfigError, match="no file"):
-            read_rows(path)
+    with pytest.raises(ConfigError, match="no file"):
+        read_rows(tmp_path / "absent.jsonl")
+    with pytest.raises(ConfigError, match="is a folder"):
+        read_rows(tmp_path)
+
+
+def test_a_key_of_another_benchmark_or_of_another_way_to_call_one_says_which_is_meant() -> None:
+    with pytest.raises(ConfigError, match="the questions of this benchmark are named by data=PATH"):
+        runner.parse_arguments(["questions=q.jsonl"], {}, ("data", "answers"), "")
+    with pytest.raises(ConfigError, match="named by questions=PATH"):
+        runner.parse_arguments(["data=q.jsonl"], {}, ("questions", "answers"), "")
+    with pytest.raises(ConfigError, match="model is given beside answers"):
+        runner.parse_arguments(["model=m"], {}, ("questions", "answers"), "")
+
+
+def test_a_comma_too_many_between_files_is_named() -> None:
+    with pytest.raises(ConfigError, match="a name is missing beside a comma"):
+        read_questions("a.jsonl,")

@@ -169,8 +169,10 @@ def _span(points: Sequence[Point]) -> str:
 
 
 def _tick_labels(values: Sequence[float], log: bool) -> list[str]:
-    """Labels in one style for a scale: 0.00 0.25 0.50, 0 2e-4 4e-4, 0 5k 10k."""
+    """Labels in one style for a scale: 0.00 0.25 0.50, 0 2e-4 4e-4, 0 5k 10k, 1e-4 1e-3."""
     size = max(abs(v) for v in values)
+    if log and min(values) < 1e-3:
+        return [_power(v) for v in values]
     if log or size >= 1e4:
         return [number(v) for v in values]
     if size < 1e-2:

@@ -29,9 +29,13 @@ def accuracy_figure(lines: Sequence[Line], title: str) -> bytes:
             else:
                 dash = (0, (2 + 3 * (number % 3), 2))
                 axes.axhline(accuracy, color=colour, linewidth=1, linestyle=dash, label=f"{line.arm} (none)")
-        if any(line.language for line in lines):
+        trained = any(line.language for line in lines)
+        if trained:
             axes.set_xscale("log")
-        axes.set(title=title, xlabel="parameters trained in the language model", ylabel="accuracy, %")
+        else:
+            axes.set_xticks([])
+        axes.set(title=title, ylabel="accuracy, %")
+        axes.set_xlabel("parameters trained in the language model" if trained else "no arm trains the language model")
         axes.grid(axis="y")
         axes.set_axisbelow(True)
         figure.legend(loc="outside right upper", fontsize=7)

@@ -60,19 +60,21 @@ def _asked(lines: Sequence[Line]) -> str:
     return f"{most:,} answers an arm" + ("" if all(line.questions == most for line in lines) else " at most")
 
 
-def _figures(name: str, lines: Sequence[Line], directory: Path) -> list[Path]:
-    """Draw a set. Returns: the files."""
+def _figures(name: str, lines: Sequence[Line], directory: Path) -> dict[Path, str]:
+    """Draw a set. Returns: the files, and what each shows in words."""
     drawn = {"accuracy": accuracy_figure(lines, name)}
+    words = {"accuracy": f"Accuracy of each arm on {name}, against the parameters it trains in the language model"}
     known = [line for line in lines if line.lmar and line.visual_mass]
     for start in range(0, len(known), TOGETHER):
         chosen = [_overlaid(line) for line in known[start : start + TOGETHER]]
-        drawn[f"lmar-{start // TOGETHER + 1}"] = pictures.layers_figure(chosen, "LMAR, mean over seeds")
-    paths = []
-    for kind, png in drawn.items():
-        paths.append(directory / f"{name}-{kind}.png")
-        with fs.writing(paths[-1]) as path:
+        kind, arms = f"lmar-{start // TOGETHER + 1}", ", ".join(line.name for line in chosen)
+        drawn[kind] = pictures.layers_figure(chosen, "LMAR, mean over seeds")
+        words[kind] = f"LMAR and visual attention in each layer on {name}: {arms}"
+    files = {directory / f"{name}-{kind}.png": text for kind, text in words.items()}
+    for target, png in zip(files, drawn.values(), strict=True):
+        with fs.writing(target) as path:
             path.write_bytes(png)
-    return paths
+    return files
 
 
 def _overlaid(line: Line) -> pictures.Line:
@@ -84,7 +86,7 @@ def _overlaid(line: Line) -> pictures.Line:
 def _page(
     title: str,
     sets: Mapping[str, Sequence[Line]],
-    figures: Mapping[str, Sequence[Path]],
+    figures: Mapping[str, Mapping[Path, str]],
     legend: str,
     errors: Mapping[str, str],
 ) -> str:
@@ -94,14 +96,16 @@ def _page(
         first, *rest = grid(lines)
         head = "".join(f"<th>{escape(cell)}</th>" for cell in first)
         body = "".join(
-            f"<tr><th>{escape(row[0])}</th>" + "".join(f"<td>{escape(cell)}</td>" for cell in row[1:]) + "</tr>"
+            f"<tr><th>{escape(row[0])}</th>"
+            + "".join(f"<td>{escape(cell) or '&ndash;'}</td>" for cell in row[1:])
+            + "</tr>"
             for row in rest
         )
         table = f'<div class="card scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
         shown = "".join(
-            f'<figure><img style="max-width:100%" alt="{escape(path.stem)}" src="data:image/png;base64,'
+            f'<figure class="card scroll drawn"><img alt="{escape(words)}" src="data:image/png;base64,'
             f'{base64.b64encode(path.read_bytes()).decode()}"></figure>'
-            for path in figures[name]
+            for path, words in figures[name].items()
         )
         parts.append(f'<section id="{escape(name)}"><h2>{escape(name)}: {_asked(lines)}</h2>{table}{shown}</section>')
     failed = "".join(f'<p class="missing"><b>{escape(k)}</b> failed: {escape(v)}</p>' for k, v in errors.items())

@@ -16,7 +16,7 @@ from vlmpeft.batch import collate
 from vlmpeft.errors import DataError, ModelError
 from vlmpeft.images import ImageReader, ImageTransform
 from vlmpeft.language import decoder_of
-from vlmpeft.prefix import can_share, generate_shared, shared_length
+from vlmpeft.prefix import can_share, common_lengths, generate_shared, shared_length
 from vlmpeft.routed import generating
 from vlmpeft.routing import adapter_of_rows, chosen_rows
 from vlmpeft.template import IMAGE, Encoding, Exchange, ImageSlot, TurnEncoder, parse_question
@@ -91,7 +91,7 @@ def answer(
     words = None if contrast is None else tuple(_first_token(encoder, word) for word in contrast)
     stops = stop_tokens(encoder)
     answers: dict[int, Answer] = {}
-    model.eval()
+    settle(model)
     for chosen in plan_batches([item.key for item in asked], [item.length for item in asked], batch_size):
         rows = [asked[i] for i in chosen]
         with chosen_rows(chosen):
@@ -103,6 +103,12 @@ def answer(
         if on_batch:
             on_batch(list(zip(chosen, found, strict=True)))
     return [answers[i] for i in range(len(requests))]
+
+
+def settle(model: VLM) -> None:
+    """`model.eval()` unless it holds already: it sets every module anew, which a batch of few tokens would feel."""
+    if any(module.training for module in model.modules()):
+        model.eval()
 
 
 def adapters_of(requests: int) -> list[int | None]:
@@ -180,7 +186,8 @@ def _generate(
     )
     if worth and can_share(model.language, longest):
         views = [view for key in dict.fromkeys(keys) for image in first_of[key].images for view in read(image)]
-        tokens, logits = generate_shared(model, encodings, keys, views, max_new_tokens, stops)
+        lengths = common_lengths(encodings, keys)
+        tokens, logits = generate_shared(model, encodings, keys, lengths, views, max_new_tokens, stops)
         return tokens, logits.float()
     views_of = {key: [v for image in request.images for v in read(image)] for key, request in first_of.items()}
     return generate_each(model, encodings, [view for key in keys for view in views_of[key]], max_new_tokens, stops)

@@ -37,7 +37,7 @@ tbody tr,tfoot tr{border-top:1px solid var(--line)}tfoot{font-weight:600}
 thead .group{text-align:center;color:var(--text);font-weight:600;padding-bottom:0}.frozen,.none{color:var(--muted)}
 td.up{color:var(--up)}td.down{color:var(--down)}.divider th{color:var(--muted);font-size:13px;padding-top:20px}
 .compare tr>:first-child{width:62%}.measure{display:flex;align-items:center;gap:18px}
-.measure>span{flex:0 0 190px;white-space:normal}
+.measure>span{flex:0 0 190px;min-width:0;white-space:normal;overflow-wrap:anywhere}
 .bars{flex:1;min-width:60px;background:linear-gradient(var(--line),var(--line)) 50% 0/1px 100% no-repeat,var(--grid);
  border-radius:3px}
 .bars i{display:block;height:5px;border-radius:0 3px 3px 0}.bars i+i{margin-top:1px}i.before{background:var(--before)}
@@ -49,22 +49,26 @@ i.noise{background:repeating-linear-gradient(45deg,var(--c4) 0 2px,transparent 2
 .key-line i{display:inline-block;width:22px;height:8px;border-radius:2px;margin-right:8px}
 .filter{display:flex;flex-wrap:wrap;gap:6px 18px;margin:0 0 14px}.filter label{cursor:pointer}
 .filter input{accent-color:var(--c0);margin:0 6px 0 0}
-.samples{display:grid;gap:16px;grid-template-columns:repeat(auto-fill,minmax(min(100%,250px),1fr))}
+.samples{display:grid;gap:16px;align-items:start;
+ grid-template-columns:repeat(auto-fill,minmax(min(100%,250px),1fr))}
 .sample{overflow:hidden;display:flex;flex-direction:column}
 .sample img,.sample .gone{width:100%;aspect-ratio:4/3;object-fit:contain;background:var(--grid);display:block}
-.sample .gone{display:grid;place-items:center;color:var(--muted);font-size:13px}
+.pictures{display:grid;grid-template-columns:1fr 1fr;gap:1px}
+.sample .gone{display:grid;text-align:center;place-items:center;color:var(--muted);font-size:13px}
 .sample>div:last-child{padding:14px 16px 16px;display:flex;flex-direction:column;gap:10px;flex:1}
 .sample p{margin:0;font-weight:500;overflow-wrap:anywhere;white-space:pre-line}
-.sample .top{display:flex;justify-content:space-between;font-size:13px;color:var(--muted)}
+.sample .top{display:flex;justify-content:space-between;gap:12px;font-size:13px;color:var(--muted)}
+.top>*{min-width:0;overflow-wrap:anywhere}
 .sample .top b{font-weight:600}.right .top b{color:var(--up)}.wrong .top b{color:var(--down)}
 dl{display:grid;grid-template-columns:auto 1fr;gap:3px 16px;margin:0;font-size:14px}dt{color:var(--muted)}
-dd{margin:0;overflow-wrap:anywhere}.sample dl{margin-top:auto}
+dd{margin:0;overflow-wrap:anywhere}
 #samples:has(#only-wrong:checked) .sample:not(.wrong),#samples:has(#only-right:checked) .sample:not(.right){
  display:none}
 details{background:var(--surface);border:1px solid var(--line);border-radius:12px}
 summary{cursor:pointer;padding:13px 20px;font-weight:500}
 pre{margin:0;padding:16px 20px;border-top:1px solid var(--line);overflow-x:auto;
  font:13px/1.55 ui-monospace,"SF Mono",Menlo,Consolas,monospace}
+.drawn{background:#fff;margin-top:18px}.drawn img{display:block;width:100%;min-width:600px}
 .missing{color:var(--muted);border-left:3px solid var(--line);padding-left:12px;margin:22px 0}
 @media(max-width:700px){header,main,footer{padding-left:16px;padding-right:16px}header{padding-top:28px}
 h1{font-size:25px}.tiles{grid-template-columns:1fr 1fr;grid-auto-flow:dense;gap:10px}
@@ -74,8 +78,9 @@ h1{font-size:25px}.tiles{grid-template-columns:1fr 1fr;grid-auto-flow:dense;gap:
 .compare tr>:first-child{width:auto;min-width:96px}.compare th+*,.compare td{padding-left:9px}
 .compare th:first-child{padding-left:0}
 .measure{flex-direction:column;align-items:stretch;gap:6px}.measure>span{flex:none}
-.measure small{display:block;margin:0}}
-@media print{body{background:#fff;font-size:12px}header,main{padding:0}.scroll{overflow:visible}table{font-size:11px}
+.compare tr:not(.divider)>:first-child{white-space:normal}.compare small{display:block;margin:0}}
+@media print{body{background:#fff;font-size:12px}header,main{padding:0}.scroll{overflow:visible}
+.drawn img{min-width:0}table{font-size:11px}
 th,td{padding:6px 0 6px 8px}.tiles{grid-template-columns:repeat(4,1fr);gap:8px}.tile{padding:10px 12px}
 .tile strong{font-size:18px}h3 small,th small,thead th{font-size:11px}
 .samples{grid-template-columns:repeat(4,1fr);gap:8px}.sample>div:last-child{padding:10px}dl{font-size:11px}
