@@ -63,7 +63,7 @@ def processor(side: int, patch: int) -> Any:
     return made
 
 
-@pytest.mark.parametrize(("side", "patch"), [(32, 8), (30, 10), (336, 14), (40, 8), (16, 16)])
+@pytest.mark.parametrize(("side", "patch"), [(32, 8), (30, 10), (336, 14), (38, 8), (16, 16)])
 def test_tokens_are_counted_as_the_processor_of_llava_next_counts_them(side: int, patch: int) -> None:
     theirs, rng = processor(side, patch), random.Random(0)
     transform = ImageTransform(side, HALF, HALF, "anyres", merge="spatial_unpad")

@@ -64,12 +64,13 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on `device`; copies from pinned memory do not block."""
-        moved = {k: v.to(device, non_blocking=True) for k, v in self.tensors().items()}
+        moved: dict[str, Any] = {k: v.to(device, non_blocking=True) for k, v in self.tensors().items()}
         return dataclasses.replace(self, **moved)
 
     def pin_memory(self) -> Batch:
         """The same batch in page-locked memory."""
-        return dataclasses.replace(self, **{k: v.pin_memory() for k, v in self.tensors().items()})
+        pinned: dict[str, Any] = {k: v.pin_memory() for k, v in self.tensors().items()}
+        return dataclasses.replace(self, **pinned)
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensors that are there."""

@@ -88,17 +88,18 @@ class VLM(nn.Module):
 
         Raises: ModelError M515 as `splice` and `tile_merge.merged`.
         """
-        images, counts = None, ()
-        if pixel_values is not None:
-            views = self.image_embeddings(pixel_values)
-            if self.view_grid is None:
-                images, counts = views.flatten(0, 1), (views.shape[1],) * views.shape[0]
-            else:
-                newline = self.projector.get_parameter(NEWLINE) * self.image_scale
-                images = merged(views, tilings, self.view_grid, newline)
-                counts = tuple(merged_tokens(tiling, self.view_grid) for tiling in tilings or ())
+        images, counts = (None, ()) if pixel_values is None else self._image_tokens(pixel_values, tilings)
         routing = routing_of(input_ids, mask, labels, IMAGE_TOKEN_ID, counts)
         return routing, self.splice(input_ids, routing.visual, images)
+
+    def _image_tokens(self, pixel_values: Tensor, tilings: Sequence[Tiling] | None) -> tuple[Tensor, tuple[int, ...]]:
+        """The tokens of all images (t, width), and how many each has, or each view where views stay apart."""
+        views = self.image_embeddings(pixel_values)
+        if self.view_grid is None:
+            return views.flatten(0, 1), (views.shape[1],) * len(views)
+        newline = self.projector.get_parameter(NEWLINE) * self.image_scale
+        tokens = merged(views, tilings, self.view_grid, newline)
+        return tokens, tuple(merged_tokens(tiling, self.view_grid) for tiling in tilings or ())
 
     def embed_batch(self, batch: Batch) -> tuple[Routing, Tensor]:
         """`embed` of a batch's fields."""
