@@ -28,7 +28,7 @@ HASHED = 1 << 30  # bytes of a file up to which its content tells whether it cha
 # What decides the samples of a file besides the file: modules, and keys of the data section.
 CODE = (
     "anyres batch data images json_stream layout_names layout_tokenizer layouts normalise prepare readers "
-    "record_encoder records safe_paths sample_store template"
+    "record_encoder records safe_paths sample_store squares template"
 )
 OPTIONS = (
     "auto_image_token duplicate_ids image_mode max_image_pixels max_length tile_merge tiles truncate verify_images"
