@@ -9,7 +9,8 @@ A projector of your own is one class and no edit here; a recipe finds it with `i
         def forward(self, features): ...  # (i, n, in_dim) -> (i, num_tokens(n), out_dim)
         def num_tokens(self, n: int) -> int: ...
 
-One that works on neighbouring patches adds `input_grid = None` to the class; see `GridProjector`.
+One that works on neighbouring patches adds `input_grid = None` to the class; see `GridProjector`. One that changes
+their number and keeps them on a grid says so by `output_grid`; see `LaidOut`.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ import re
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from vlmpeft.errors import ConfigError, ModelError, nearest
 from vlmpeft.registry import Registry
@@ -54,6 +56,15 @@ class GridProjector(Projector, Protocol):
     """
 
     input_grid: Grid | None
+
+
+@runtime_checkable
+class LaidOut(Projector, Protocol):
+    """A projector whose output tokens lie on the image, row by row."""
+
+    def output_grid(self, n: int, /) -> Grid:
+        """Rows and columns of the tokens that n input tokens give; their product is num_tokens(n)."""
+        ...
 
 
 Factory = Callable[..., Projector]
@@ -134,6 +145,31 @@ def fit_grid(projector: Projector, grid: Grid, tokens: int) -> int:
     if isinstance(projector, GridProjector):
         projector.input_grid = grid
     return projector.num_tokens(tokens)
+
+
+def output_grid(projector: Projector, grid: Grid, tokens: int) -> Grid | None:
+    """Rows and columns that the tokens of a view form after a projector; None if they form none, as queries do.
+
+    Args: grid, tokens: of the encoder. A projector that gives a token for each, whatever their number, keeps the grid.
+    """
+    if math.prod(grid) != tokens:
+        return None
+    if isinstance(projector, LaidOut):
+        return projector.output_grid(tokens)
+    if isinstance(projector, GridProjector) or any(projector.num_tokens(n) != n for n in (tokens, 2 * tokens)):
+        return None
+    return grid
+
+
+NEWLINE = "image_newline"  # the name it has in LLaVA-NeXT
+
+
+def add_newline(projector: nn.Module, width: int) -> None:
+    """Give a projector the vector that ends the rows of an image under spatial_unpad: it trains and is saved with it.
+
+    Source: initialisation of LLaVA llava_arch.py and transformers' modeling_llava_next.py: N(0, 1 / width).
+    """
+    projector.register_parameter(NEWLINE, nn.Parameter(torch.randn(width) / math.sqrt(width)))
 
 
 def grid_of(n: int, grid: Grid | None, projector: str) -> Grid:

@@ -96,8 +96,12 @@ class LDPProjector(nn.Module):
 
     def num_tokens(self, n: int) -> int:
         """ceil(rows / 2) * ceil(columns / 2). Raises: ModelError M513 if n tokens do not fill the grid."""
+        return math.prod(self.output_grid(n))
+
+    def output_grid(self, n: int) -> Grid:
+        """Half of each side. Raises: as `num_tokens`."""
         rows, columns = grid_of(n, self.input_grid, "ldp")
-        return math.ceil(rows / 2) * math.ceil(columns / 2)
+        return math.ceil(rows / 2), math.ceil(columns / 2)
 
 
 @PROJECTORS.register("ldpv2")
@@ -137,8 +141,12 @@ class LDPv2Projector(nn.Module):
 
     def num_tokens(self, n: int) -> int:
         """grid^2, whatever n. Raises: ModelError M513 if n tokens do not fill the encoder's grid."""
+        return math.prod(self.output_grid(n))
+
+    def output_grid(self, n: int) -> Grid:
+        """The pooled grid. Raises: as `num_tokens`."""
         grid_of(n, self.input_grid, "ldpv2")
-        return self.grid**2
+        return self.grid, self.grid
 
     def _pool(self, x: Tensor) -> Tensor:
         rows, columns = x.shape[2:]

@@ -54,8 +54,12 @@ class PixelShuffleProjector(nn.Module):
 
     def num_tokens(self, n: int) -> int:
         """ceil(rows / factor) * ceil(columns / factor). Raises: ModelError M513 as the class says."""
+        return math.prod(self.output_grid(n))
+
+    def output_grid(self, n: int) -> Grid:
+        """Rows and columns of blocks. Raises: as `num_tokens`."""
         rows, columns = self._grid(n)
-        return math.ceil(rows / self.factor) * math.ceil(columns / self.factor)
+        return math.ceil(rows / self.factor), math.ceil(columns / self.factor)
 
     def _grid(self, n: int) -> Grid:
         rows, columns = grid_of(n, self.input_grid, "pixel_shuffle")

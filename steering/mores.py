@@ -5,6 +5,7 @@ Letters: n tokens of one image, p steered tokens of a batch, d width, r rank, l 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -43,9 +44,9 @@ class IndexOf:
             return _where(positions.chosen_in_rows(self.choice, prompt))
         if routing.images is None:
             return _where(positions.chosen(self.choice, routing.visual))
-        views, tokens = routing.images
-        mask = positions.chosen(self.choice, routing.visual, tokens)
-        return mask.flatten().nonzero_static(size=views * self._count(tokens)).squeeze(1)
+        mask = positions.chosen(self.choice, routing.visual, routing.images)
+        count = sum(self._count(tokens) * images for tokens, images in Counter(routing.images).items())
+        return mask.flatten().nonzero_static(size=count).squeeze(1)
 
     def _count(self, tokens: int) -> int:
         """Steered tokens of one image of so many, found on the host."""

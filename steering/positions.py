@@ -1,13 +1,13 @@
 """Which image tokens are steered, out of the mask of all of them. Letters: b batch, s sequence, n tokens of one image.
 
 A choice is a pure function of an image's tokens: it acts on every image of a row by itself, whatever the padding, and a
-row without an image has none. An image is a run of placeholders; where images touch, `per_image` parts them.
+row without an image has none. An image is a run of placeholders; where images touch, their `sizes` part them.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -36,13 +36,15 @@ def row_places(mask: Tensor) -> Places:
     return Places(torch.where(mask, mask.long().cumsum(1) - 1, 0), torch.where(mask, size, 0))
 
 
-def places(visual: Tensor, per_image: int | None = None) -> Places:
+def places(visual: Tensor, sizes: Sequence[int] | None = None) -> Places:
     """The place of every image token. No value is read back from the device.
 
     Args:
         visual: (b, s) bool, image placeholders.
-        per_image: tokens of one image, if all have as many; None takes runs of placeholders for images.
+        sizes: tokens of every image in order, all of `visual`; None takes runs of placeholders for images.
     """
+    if sizes is not None and len(set(sizes)) > 1:
+        return _places_of_sizes(visual, sizes)
     width = visual.shape[1]
     index = torch.arange(width, device=visual.device).expand_as(visual)
     before = torch.nn.functional.pad(visual, (1, 0))[:, :-1]
@@ -50,17 +52,28 @@ def places(visual: Tensor, per_image: int | None = None) -> Places:
     start = torch.where(visual & ~before, index, -1).cummax(1).values  # (b, s) where the run of a token starts
     end = torch.where(visual & ~after, index, width).flip(1).cummin(1).values.flip(1)
     rank, size = index - start, end - start + 1
-    if per_image is not None:
-        rank, size = rank % per_image, torch.full_like(size, per_image)
+    if sizes:
+        rank, size = rank % sizes[0], torch.full_like(size, sizes[0])
     return Places(torch.where(visual, rank, 0), torch.where(visual, size, 0))
+
+
+def _places_of_sizes(visual: Tensor, sizes: Sequence[int]) -> Places:
+    """`places` of images that differ in size: worked out on the host, then looked up by the number of the token."""
+    counts = torch.tensor(sizes)
+    table = torch.stack([torch.cat([torch.arange(n) for n in sizes]), counts.repeat_interleave(counts)])  # (2, tokens)
+    if visual.device.type == "cuda":
+        table = table.pin_memory()  # a copy from other memory would wait for the device
+    rank, size = table.to(visual.device, non_blocking=True)
+    number = (visual.flatten().cumsum(0) - 1).view_as(visual).clamp(0, len(rank) - 1)
+    return Places(torch.where(visual, rank[number], 0), torch.where(visual, size[number], 0))
 
 
 Choice = Callable[[Places], Tensor]  # -> (b, s) bool, to be read at image tokens only
 
 
-def chosen(choice: Choice, visual: Tensor, per_image: int | None = None) -> Tensor:
+def chosen(choice: Choice, visual: Tensor, sizes: Sequence[int] | None = None) -> Tensor:
     """The image tokens that `choice` takes. Args: see `places`. Returns: (b, s) bool."""
-    return choice(places(visual, per_image)) & visual
+    return choice(places(visual, sizes)) & visual
 
 
 def chosen_in_rows(choice: Choice, mask: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from transformers.image_utils import ChannelDimension
 from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
 import vlmpeft
-from vlmpeft.anyres import TILES, best_grid, boxes, placement
+from vlmpeft.anyres import TILES, Tiling, best_grid, boxes, placement
 from vlmpeft.batch import IGNORE, IMAGE_TOKEN_ID
 from vlmpeft.build import Bundle
 from vlmpeft.config import load_recipe
@@ -145,19 +145,19 @@ def test_an_image_takes_the_tokens_of_its_views(independent: bool, tokenizer: An
     encoder = TurnEncoder(tokenizer, "chatml", 4)
     exchanges = [Exchange((IMAGE, "and", IMAGE, "?"), "Yes"), Exchange(("What?",), "No")]
     one = encoder.encode(exchanges, independent)
-    many = encoder.encode(exchanges, independent, views=[3, 5])
+    many = encoder.encode(exchanges, independent, tilings=[Tiling(3), Tiling(5)])
     runs = "".join("i" if i == IMAGE_TOKEN_ID else "t" for i in many.input_ids).split("t")
     assert [len(run) for run in runs if run] == [12, 20]
     text = [(i, x, t) for i, x, t in zip(many.input_ids, many.labels, many.turns, strict=True) if i != IMAGE_TOKEN_ID]
     same = [(i, x, t) for i, x, t in zip(one.input_ids, one.labels, one.turns, strict=True) if i != IMAGE_TOKEN_ID]
     assert text == same
-    assert one == encoder.encode(exchanges, independent, views=[1, 1])
+    assert one == encoder.encode(exchanges, independent, tilings=[Tiling(), Tiling()])
 
 
 def test_no_length_cuts_an_image_whatever_its_size(tokenizer: Any) -> None:
     encoder = TurnEncoder(tokenizer, "chatml", 2)
     turns = [Exchange((IMAGE, "\nask"), "A photo of a square."), Exchange((IMAGE, "\nask"), "Yes")]
-    encoding = encoder.encode([*turns, Exchange((IMAGE, "\nask"), "No")], views=[3, 5, 1])
+    encoding = encoder.encode([*turns, Exchange((IMAGE, "\nask"), "No")], tilings=[Tiling(3), Tiling(5), Tiling()])
     files, tokens = [Path("a"), Path("b"), Path("c")], [6, 10, 2]
     first = next(i for i, label in enumerate(encoding.labels) if label != IGNORE) + 1
     for length in range(first, len(encoding.input_ids) + 1):
@@ -215,7 +215,7 @@ def test_a_record_has_room_for_every_view(bundle: Bundle, folder: Path) -> None:
     config = DataConfig(images=str(folder / "images"), image_mode="anyres")
 
     def samples(config: DataConfig) -> Sequence[Sample]:
-        how = Preparation(config, bundle.turn_encoder(), views=read.num_views)
+        how = Preparation(config, bundle.turn_encoder(), tiling=read.tiling)
         return prepare([DataFile(str(folder / "train.json"))], how).samples
 
     found = samples(config)

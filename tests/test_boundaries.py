@@ -33,14 +33,14 @@ LEVELS: dict[int, str] = {
     "weights optim language tokens hf_chat prefix decode forward trackers align distributed sharding drift "
     "diagnose_config report report_attention report_data report_sections report_retention report_style charts "
     "scene_questions cpu_attention steps loglik eval_config compare_config compare_plan compare_picture compare_stats "
-    "compare_table overlay scene_files hf_prompt likelihood",
+    "compare_table overlay scene_files hf_prompt likelihood tile_merge connector",
     1: "vision vision_timm vision_transformers vision_open_clip vision_weights encoder template images projectors "
     "projectors.linear projectors.mlp projectors.ldp projectors.pixel_shuffle projectors.resampler "
     "projectors.qformer projectors.identity tuners tuners.dora tuners.embedding_lora tuners.full tuners.krona "
     "tuners.oft tuners.vera tuners.lora tuners.tokens tuners.bitfit tuners.bottleneck tuners.fish tuners.ia3 "
     "tuners.layers tuners.norm tuners.unfreeze tuners.prefix_tuning tuners.prompt tuners.ptuning steering "
     "steering.attention steering.layers steering.mores steering.pictures steering.positions steering.probe "
-    "steering.reference steering.statistics steering.units recipes tuners.adalora tuners.unipelt",
+    "steering.reference steering.statistics steering.units recipes tuners.adalora tuners.unipelt squares",
     0: "batch parts quant_weight routing routed registry errors fs anyres loss schema sources safe_paths layouts "
     "layout_names layout_tokenizer llava_layout manifest sampling stopping json_stream normalise readers "
     "projectors.base projectors.layers tuners.attachment tuners.base tuners.linear tuners.targets tuners.sites "
@@ -50,6 +50,7 @@ LEVELS: dict[int, str] = {
 }
 LEVEL = {name: level for level, names in LEVELS.items() for name in names.split()}
 GROUPS = {  # modules of level 1 that may import each other besides their own level-0 base
+    "images": {"images", "squares"},
     "vision": {"vision", "encoder", *(f"vision_{x}" for x in ("timm", "transformers", "open_clip", "weights"))},
     **{g: {m for m in LEVEL if m == g or m.startswith(f"{g}.")} for g in ("projectors", "tuners", "steering")},
 }
@@ -72,7 +73,7 @@ BASES = {  # of level 0, and the groups they are for
     "tuners.deep_prefix": {"tuners"},
     "steering.lowrank": {"steering"},
 }
-FREE = {"projectors", "tuners", *GROUPS["vision"]}  # they gather their group
+FREE = {"images", "projectors", "tuners", *GROUPS["vision"]}  # they gather their group
 FREE |= {"steering", "steering.mores", "steering.probe", "steering.reference"}
 WHERE = {  # an outside library and the modules that may import it; True if inside functions only
     "omegaconf": ({"config"}, False),

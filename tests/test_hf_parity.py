@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import AutoModel, LlamaConfig, LlamaForCausalLM, LlavaConfig, LlavaForConditionalGeneration
 
+from vlmpeft.anyres import Tiling
 from vlmpeft.batch import IGNORE, IMAGE_TOKEN_ID, Batch, collate
 from vlmpeft.data import encode_sample
 from vlmpeft.decode import Request, exchange_of
@@ -152,7 +153,7 @@ def test_no_record_gives_a_sample_whose_placeholders_are_not_those_of_its_images
             for length in range(16, 500, 7):
                 try:
                     config = DataConfig(max_length=length)
-                    sample = encode_sample(conversation, config, encoder, False, lambda _: 1)
+                    sample = encode_sample(conversation, config, encoder, False, lambda _: Tiling())
                 except DataError as error:
                     codes.add(error.code)
                     continue

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 from torch import Tensor
@@ -21,8 +23,8 @@ def row(*runs: int, left: int = 3, right: int = 4) -> Tensor:
     return torch.tensor([flags + [False] * right])
 
 
-def taken(text: str, mask: Tensor, per_image: int | None = None) -> list[int]:
-    return positions.chosen(positions.parse(text), mask, per_image)[0].nonzero().flatten().tolist()
+def taken(text: str, mask: Tensor, sizes: Sequence[int] | None = None) -> list[int]:
+    return positions.chosen(positions.parse(text), mask, sizes)[0].nonzero().flatten().tolist()
 
 
 @pytest.mark.parametrize("n", SIZES)
@@ -53,7 +55,7 @@ def test_every_image_of_a_row_is_steered_by_itself() -> None:
 
 
 def test_images_side_by_side_are_parted_by_the_tokens_of_one() -> None:
-    assert taken("first_last:1,1", row(12), per_image=6) == [3, 8, 9, 14]
+    assert taken("first_last:1,1", row(12), sizes=(6, 6)) == [3, 8, 9, 14]
 
 
 @pytest.mark.parametrize("text", ["all", "ratio:0.3", "first_last:2,3", "uniform:4", "random:0.4,1"])

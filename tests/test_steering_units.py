@@ -225,7 +225,7 @@ def test_nothing_is_read_back_from_the_device(rank: int) -> None:
     choice = IndexOf(positions.parse("first_last:1,2"), "visual")
     steering = Units(LAYERS, D, rank, choice, dropout=0.1, device=torch.device("meta"))
     mask = torch.ones(2, 8, dtype=torch.bool, device="meta")
-    known = Routing(mask, ~mask, images=(2, 4))
+    known = Routing(mask, ~mask, images=(4, 4))
     hidden = torch.empty(2, 8, D, device="meta", requires_grad=True)
     out = hidden
     for layer in range(LAYERS):

@@ -8,17 +8,19 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+
+from vlmpeft.anyres import Tiling
 
 IGNORE = -100  # label of a position without loss; torch.nn.functional.cross_entropy's default ignore_index
 IMAGE_TOKEN_ID = -200  # placeholder id in models we assemble, as in LLaVA: no tokenizer can produce it
 
 
 class Encoded(Protocol):
-    """One sample ready for collation: equally long id, label and turn lists."""
+    """One sample ready for collation: equally long id, label and turn lists; tilings as `Batch.tilings`."""
 
     @property
     def input_ids(self) -> Sequence[int]: ...
@@ -26,6 +28,8 @@ class Encoded(Protocol):
     def labels(self) -> Sequence[int]: ...
     @property
     def turns(self) -> Sequence[int]: ...
+    @property
+    def tilings(self) -> Sequence[Tiling]: ...
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,7 @@ class Batch:
             turn 0 and themselves; None where every token sees all before it.
         supervised: (m,) int64, flat index into (b * s) of the positions that predict a supervised token; computed on
             the host, so that no step waits for the device.
+        tilings: of every image, where its tokens depend on its size (data.tile_merge=spatial_unpad); None elsewhere.
     """
 
     input_ids: Tensor
@@ -50,6 +55,7 @@ class Batch:
     pixel_values: Tensor | None = None
     turns: Tensor | None = None
     supervised: Tensor | None = None
+    tilings: tuple[Tiling, ...] | None = None
 
     @property
     def num_supervised(self) -> int:
@@ -58,14 +64,19 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on `device`; copies from pinned memory do not block."""
-        moved = {k: v.to(device, non_blocking=True) for k, v in self.tensors().items()}
+        moved: dict[str, Any] = {k: v.to(device, non_blocking=True) for k, v in self.tensors().items()}
         return dataclasses.replace(self, **moved)
 
     def pin_memory(self) -> Batch:
         """The same batch in page-locked memory."""
-        return dataclasses.replace(self, **{k: v.pin_memory() for k, v in self.tensors().items()})
+        pinned: dict[str, Any] = {k: v.pin_memory() for k, v in self.tensors().items()}
+        return dataclasses.replace(self, **pinned)
 
     def tensors(self) -> dict[str, Tensor]:
+        """The tensors that are there."""
+        return {k: v for k, v in self.inputs().items() if isinstance(v, Tensor)}
+
+    def inputs(self) -> dict[str, Any]:
         """The fields that are there, as keyword arguments of a model's forward."""
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         return {k: v for k, v in fields.items() if v is not None}
@@ -104,4 +115,5 @@ def collate(samples: Sequence[Encoded], images: Sequence[Tensor] = (), side: str
         pixel_values=torch.stack(list(images)) if images else None,
         turns=padded([s.turns for s in samples], 0) if independent else None,
         supervised=supervised_index(labels),
+        tilings=tuple(tiling for s in samples for tiling in s.tilings) or None,
     )

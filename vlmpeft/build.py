@@ -10,18 +10,18 @@ from typing import Any, cast
 
 import torch
 from PIL import Image
-from torch import nn
 
+from vlmpeft.connector import fresh_projector, view_grid
 from vlmpeft.cpu_attention import attend_in_fp32, is_faster
+from vlmpeft.data_config import DataConfig
 from vlmpeft.decode import Answer, OnBatch, Request
-from vlmpeft.errors import EnvironmentFault, ModelError
+from vlmpeft.encoder import Triple
+from vlmpeft.errors import EnvironmentFault
 from vlmpeft.images import ImageReader, ImageTransform
 from vlmpeft.language import empty_language, fingerprint, load_language, load_tokenizer, width_of
 from vlmpeft.likelihood import Likelihood, likelihoods
 from vlmpeft.loglik import answer_each
 from vlmpeft.parts import Parts
-from vlmpeft.projectors import PROJECTORS
-from vlmpeft.projectors.base import fit_grid
 from vlmpeft.quant import quantise
 from vlmpeft.quant_memory import WeightBytes, planned_bytes
 from vlmpeft.recipe import Recipe, Stage
@@ -58,14 +58,15 @@ class Bundle:
 
     @property
     def image_tokens(self) -> int:
-        """Tokens one view of an image takes in the language model; see `ImageTransform` for how many it has."""
+        """Tokens one view of an image takes in the language model; see `TurnEncoder.tokens_of` for a whole image."""
         return image_tokens(self.model)
 
     def turn_encoder(self, stage: Stage | None = None) -> TurnEncoder:
         """Encodes conversations as a stage does, the current one if None."""
         stage = stage or self.stage
         new = self.recipe.tokens.add
-        return TurnEncoder(self.tokenizer, stage.template, self.image_tokens, stage.system, new)
+        view_grid = self.model.view_grid
+        return TurnEncoder(self.tokenizer, stage.template, self.image_tokens, stage.system, new, view_grid)
 
     def answer(
         self,
@@ -153,34 +154,21 @@ def assemble(recipe: Recipe, device: torch.device, dtype: torch.dtype, seed: int
     add_tokens(language, tokenizer, recipe.tokens.add, recipe.tokens.init)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        projector = _projector(recipe, vision, width_of(language))
+        projector = fresh_projector(recipe, vision, width_of(language))
     image_scale = math.sqrt(width_of(language)) if config.scale_image_embeddings else 1.0
-    model = VLM(vision.to(dtype), projector, language, image_scale)
+    model = VLM(vision.to(dtype), projector, language, image_scale, view_grid(recipe, vision, projector))
     tuners = [tuner for stage in recipe.stages.values() for tuner in stage.tuners.values()]
     originals = any(isinstance(t, ReadsOriginals) and t.needs_originals for t in tuners)
     quantise(model, recipe.quant, device=device, keep_originals=originals)
     model = model.to(device).requires_grad_(False)
-    data = recipe.data
-    transform = ImageTransform(
-        vision.image_size, vision.mean, vision.std, data.image_mode, data.tiles, data.max_image_pixels
-    )
+    transform = _transform(recipe.data, vision.image_size, vision.mean, vision.std)
     stage = list(recipe.stages.values())[-1]
     return Bundle(model, tokenizer, transform, Tuned(model, model.parts), recipe, stage, prints)
 
 
-def _projector(recipe: Recipe, vision: Encoder, language_width: int) -> nn.Module:
-    """A fresh projector that knows the encoder's grid.
-
-    Raises: ModelError naming encoder and grid if the projector cannot take it: now, not at step 1.
-    """
-    built = PROJECTORS.build(recipe.projector.name, vision.width, language_width, **recipe.projector.options)
-    try:
-        fit_grid(built, vision.grid, vision.num_tokens)
-    except ModelError as error:
-        grid = "x".join(map(str, vision.grid))
-        message = f"vision '{recipe.vision.name}' gives a grid of {grid} tokens: {error.message}"
-        raise ModelError(error.code, message, error.fix) from error
-    return cast(nn.Module, built)
+def _transform(data: DataConfig, size: int, mean: Triple, std: Triple) -> ImageTransform:
+    """What becomes of an image before the encoder sees it."""
+    return ImageTransform(size, mean, std, data.image_mode, data.tiles, data.max_image_pixels, data.tile_merge)
 
 
 def build(recipe: Recipe) -> Bundle:
@@ -204,13 +192,12 @@ def empty_bundle(recipe: Recipe) -> Bundle:
     language = empty_language(recipe.language.name)
     tokenizer = load_tokenizer(recipe.language.name, recipe.language.eos)
     add_tokens(language, tokenizer, recipe.tokens.add)
-    asked, data = recipe.vision, recipe.data
+    asked = recipe.vision
     vision = empty_vision(asked.name, layer=asked.layer, image_size=asked.image_size, compat=asked.compat)
     with torch.device("meta"):
-        projector = _projector(recipe, vision, width_of(language))
-    model = VLM(vision, projector, language)
-    size, mean, std = vision.image_size, asked.mean or vision.mean, asked.std or vision.std
-    transform = ImageTransform(size, mean, std, data.image_mode, data.tiles, data.max_image_pixels)
+        projector = fresh_projector(recipe, vision, width_of(language))
+    model = VLM(vision, projector, language, view_grid=view_grid(recipe, vision, projector))
+    transform = _transform(recipe.data, vision.image_size, asked.mean or vision.mean, asked.std or vision.std)
     return Bundle(model, tokenizer, transform, Tuned(model, model.parts), recipe, list(recipe.stages.values())[-1])
 
 
@@ -242,5 +229,5 @@ def _empty_model(recipe: Recipe) -> VLM:
     asked = recipe.vision
     vision = empty_vision(asked.name, layer=asked.layer, image_size=asked.image_size, compat=asked.compat)
     with torch.device("meta"):
-        projector = _projector(recipe, vision, width_of(language))
-    return VLM(vision, projector, language)
+        projector = fresh_projector(recipe, vision, width_of(language))
+    return VLM(vision, projector, language, view_grid=view_grid(recipe, vision, projector))

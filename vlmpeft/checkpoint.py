@@ -17,10 +17,11 @@ from vlmpeft.config import load_recipe, to_yaml
 from vlmpeft.errors import ModelError
 from vlmpeft.images import ImageTransform
 from vlmpeft.manifest import verify, write_manifest
+from vlmpeft.projectors.base import NEWLINE
 from vlmpeft.quant import QuantConfig
 from vlmpeft.recipe import Recipe
 from vlmpeft.tuners.base import ReadsOriginals
-from vlmpeft.weights import PROJECTOR, assign, read_strict
+from vlmpeft.weights import PROJECTOR, assign, check_tensors, read_tensors
 
 MERGED = "language"  # the folder of a merged language model inside a model directory
 
@@ -117,7 +118,7 @@ def start_from(bundle: Bundle, directory: Path) -> None:
     """Take the projector of another run's model directory, as stage 2 starts from stage 1.
 
     Raises: ModelError M501 for another base; M533 if that run tuned more than the projector: this run would not carry
-    it; M502 for another shape.
+    it; M502 for another shape, or a newline that only one of them has.
     """
     manifest = verify(directory)
     _check_base(bundle, directory, manifest)
@@ -125,8 +126,12 @@ def start_from(bundle: Bundle, directory: Path) -> None:
     if more:
         message = f"init={directory} also tuned '{more[0]}' ({len(more)} tensors), which this run cannot start from."
         raise ModelError("M533", message, "export a merged base first.")
-    state = bundle.model.projector.state_dict()
-    assign(state, read_strict(directory / PROJECTOR, state))
+    state, found = bundle.model.projector.state_dict(), read_tensors(directory / PROJECTOR)
+    if (NEWLINE in found) != (NEWLINE in state):
+        merge = "spatial_unpad" if NEWLINE in found else "flat"
+        message = f"init={directory} was trained with data.tile_merge={merge}, this run has another."
+        raise ModelError("M502", message, f"set data.tile_merge={merge}.")
+    assign(state, check_tensors(directory / PROJECTOR, found, state))
 
 
 def load(

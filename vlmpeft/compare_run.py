@@ -53,7 +53,7 @@ class Base:
         """What `assemble` gives for a recipe."""
         data = recipe.data
         key = repr((recipe.vision, recipe.language, recipe.projector, recipe.quant, recipe.tokens, recipe.run.seed))
-        key += repr((data.image_mode, data.tiles, data.max_image_pixels))
+        key += repr((data.image_mode, data.tiles, data.tile_merge, data.max_image_pixels))
         if key != self._key or self._bundle is None:
             self._bundle = None  # before the next is loaded, not after
             self._key, self._bundle = key, assemble(recipe, self.device, self.dtype, recipe.run.seed)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from vlmpeft.anyres import Tiling
 from vlmpeft.batch import IGNORE, IMAGE_TOKEN_ID, Batch, collate
 from vlmpeft.data_config import DataConfig
 from vlmpeft.errors import DataError
@@ -43,7 +44,8 @@ def truncated(
     inside = encoding.input_ids[:max_length].count(IMAGE_TOKEN_ID)
     whole = bisect_right(ends, inside) - 1
     end = max_length - (inside - ends[whole])  # back to the start of the image that does not fit
-    cut = Encoding(encoding.input_ids[:end], encoding.labels[:end], encoding.turns[:end])
+    rows = encoding.input_ids[:end], encoding.labels[:end], encoding.turns[:end]
+    cut = Encoding(*rows, tilings=encoding.tilings[:whole])
     if policy != "right" or cut.num_supervised == 0:
         needs = f"needs {length} tokens, data.max_length is {max_length}, images take {ends[-1]}."
         raise DataError("D109", needs, "raise data.max_length, or set data.truncate=skip.")
@@ -55,20 +57,20 @@ def encode_sample(
     config: DataConfig,
     encoder: TurnEncoder,
     independent: bool,
-    views: Callable[[Path], int],
+    tiling: Callable[[Path], Tiling],
 ) -> Sample:
     """A conversation as ids and labels, a system prompt of its own in place of the encoder's.
 
-    Args: views: how many views of an image file the model sees, each of `encoder.image_tokens` tokens.
+    Args: tiling: how an image file is shown.
     Raises: DataError D107, D109, D110, D111, naming the record.
     """
     if conversation.system is not None:
         encoder = copy.copy(encoder)  # it shares the ids of known texts
         encoder.system = conversation.system
     try:
-        counts = [views(path) for path in conversation.images]
-        tokens = [count * encoder.image_tokens for count in counts]
-        encoding = encoder.encode(conversation.exchanges, independent, counts)
+        tilings = [tiling(path) for path in conversation.images]
+        tokens = [encoder.tokens_of(found) for found in tilings]
+        encoding = encoder.encode(conversation.exchanges, independent, tilings)
         encoding, images = truncated(encoding, conversation.images, config.max_length, tokens, config.truncate)
         if encoding.num_supervised == 0:
             message = "no token carries a loss: the template supervises nothing here."
@@ -80,7 +82,7 @@ def encode_sample(
     except DataError as error:
         raise DataError(error.code, f"{conversation.where}: {error.message}", error.fix) from error
     ids, labels, turns = (array("i", row) for row in (encoding.input_ids, encoding.labels, encoding.turns))
-    return Sample(conversation.uid, ids, labels, turns, images)
+    return Sample(conversation.uid, ids, labels, turns, images, tuple(encoding.tilings))
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from vlmpeft.anyres import MAX_TILES, TILES, Grid
+from vlmpeft.anyres import MAX_TILES, TILES, Grid, Merge
 from vlmpeft.images import MAX_PIXELS, PILLOW_LIMIT
 from vlmpeft.tuners.base import check
 
@@ -34,7 +34,9 @@ class DataConfig:
     truncate: what happens to a sample longer than max_length: "right" cuts text at its end (never an image, and at
     least one answer token stays), "skip" leaves it out, "error" stops. cache_features: encode every image once, keep
     the features on disk. held_out: share of the records kept for the evaluation loss. image_mode: see `ImageTransform`;
-    tiles: rows and columns of the grids "anyres" chooses from. max_image_pixels: of a file's width times height.
+    tiles: rows and columns of the grids "anyres" chooses from. tile_merge: "flat" keeps views one after another,
+    "spatial_unpad" joins the tiles' rows, drops padding and closes every row with a learned newline, as LLaVA-NeXT.
+    max_image_pixels: of a file's width times height.
     """
 
     pretrain: DataFiles | None = None
@@ -42,6 +44,7 @@ class DataConfig:
     images: str | None = None
     image_mode: Literal["pad", "square", "anyres"] = "pad"
     tiles: tuple[Grid, ...] = TILES
+    tile_merge: Merge = "flat"
     max_image_pixels: int = MAX_PIXELS
     max_length: int = 2048
     truncate: Literal["right", "skip", "error"] = "right"

@@ -85,7 +85,7 @@ def answer(
     """
     read = ImageReader(transform)
     asked = [
-        _Asked(r, encoder.encode([exchange_of(r)], views=[read.num_views(i) for i in r.images]), adapter)
+        _Asked(r, encoder.encode([exchange_of(r)], tilings=[read.tiling(i) for i in r.images]), adapter)
         for r, adapter in zip(requests, adapters_of(len(requests)), strict=True)
     ]
     words = None if contrast is None else tuple(_first_token(encoder, word) for word in contrast)
@@ -208,7 +208,7 @@ def generate_each(
         return_dict_in_generate=True,
         output_logits=True,
     )
-    routing, embeddings = model.embed(batch.input_ids, batch.attention_mask, batch.labels, batch.pixel_values)
+    routing, embeddings = model.embed_batch(batch)
     own, model.language.generation_config = model.language.generation_config, GenerationConfig()
     try:  # `generate` fills in what we leave open from the model's own file: sampling, penalties, beams
         with generating(decoder_of(model.language), routing):

@@ -20,7 +20,7 @@ from vlmpeft.tuners.base import Calibrated
 def loss_of(accelerator: Accelerator, model: Any, loaded: Loaded, divisor: int) -> Tensor:
     """The summed loss of a batch divided by `divisor`, in the run's precision."""
     with accelerator.autocast():
-        loss: Tensor = model(**loaded.batch.to(accelerator.device).tensors(), num_items_in_batch=divisor).loss
+        loss: Tensor = model(**loaded.batch.to(accelerator.device).inputs(), num_items_in_batch=divisor).loss
     return loss
 
 

@@ -1,4 +1,4 @@
-"""A model of ours as a directory of transformers' LlavaForConditionalGeneration and its processor."""
+"""A model of ours as a directory of transformers' LLaVA, or of its LLaVA-NeXT, and of the processor it has."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from vlmpeft.build import Bundle
 from vlmpeft.conversion import check_language, complete_tower, no_form, plain_tensors
 from vlmpeft.encoder import Encoder
 from vlmpeft.hf_chat import chat_template
+from vlmpeft.images import ImageTransform
 from vlmpeft.language import decoder_of, logits_of
 from vlmpeft.layouts import Exchange
 from vlmpeft.llava_layout import to_hub
@@ -22,6 +23,7 @@ from vlmpeft.projectors import MLPProjector
 from vlmpeft.tuners.linear import AdaptedLinear
 
 WHERE = "transformers' LlavaForConditionalGeneration"
+NEXT = "transformers' LlavaNextForConditionalGeneration"
 IMAGE_TOKEN, PAD_TOKEN = "<image>", "<pad>"
 ROW_MULTIPLE = 64  # LLaVA's converter pads the vocabulary of 32000 + 2 to 32064
 LINEARS = [nn.Linear, nn.GELU, nn.Linear]
@@ -39,8 +41,10 @@ class Vocabulary:
 def export_hf(bundle: Bundle, target: Path) -> None:
     """Write weights in the hub's layout, config, processor and generation config; adapters are left out unless merged.
 
-    Raises: ModelError M570 for an encoder, a projector or a language model that the format cannot express.
+    A model whose tiles merge by spatial_unpad becomes a LLaVA-NeXT.
+    Raises: ModelError M570 for an encoder, a projector, a language model or images that the format cannot express.
     """
+    _check_images(bundle)
     check_projector(bundle)
     check_language(bundle, WHERE)
     tower = complete_tower(bundle, WHERE)
@@ -53,6 +57,28 @@ def export_hf(bundle: Bundle, target: Path) -> None:
         _generation(bundle, words).save_pretrained(directory)
         processor(bundle, tower, words).save_pretrained(directory)
         fs.write_tensors(directory / "model.safetensors", tensors)
+
+
+def is_next(bundle: Bundle) -> bool:
+    """Whether a model's form in transformers is LLaVA-NeXT."""
+    return bundle.model.view_grid is not None
+
+
+def _check_images(bundle: Bundle) -> None:
+    """Raise ModelError M570 unless LLaVA, or LLaVA-NeXT, sees images and lays their tokens out as this model does."""
+    transform = bundle.image_transform
+    if is_next(bundle):
+        if transform.mode != "anyres":
+            what = f"data.tile_merge=spatial_unpad with image_mode={transform.mode}"
+            raise no_form(what, NEXT, "use vlmpeft.load, or train with data.image_mode=anyres.")
+    elif transform.mode not in ("pad", "square"):
+        fix = "use vlmpeft.load, or train with data.image_mode=pad or data.tile_merge=spatial_unpad."
+        raise no_form(f"image_mode={transform.mode} with data.tile_merge=flat", WHERE, fix)
+
+
+def pinpoints(transform: ImageTransform) -> list[list[int]]:
+    """The grids of "anyres" as transformers has them: heights and widths in pixels."""
+    return [[rows * transform.size, columns * transform.size] for rows, columns in transform.tiles]
 
 
 def check_projector(bundle: Bundle) -> None:
@@ -80,14 +106,15 @@ def vocabulary(bundle: Bundle) -> Vocabulary:
 
 
 def llava_config(bundle: Bundle, tower: Any, words: Vocabulary) -> Any:
-    """LlavaConfig of a bundle."""
-    from transformers import LlavaConfig
+    """LlavaConfig of a bundle, or its LlavaNextConfig."""
+    from transformers import LlavaConfig, LlavaNextConfig
 
     encoder = cast(Any, bundle.model.vision)
     language = cast(Any, bundle.model.language)
     text = copy.deepcopy(language.config)
     text.vocab_size, text.pad_token_id = words.rows, words.tokenizer.pad_token_id
-    config = LlavaConfig(
+    kind: Any = LlavaNextConfig if is_next(bundle) else LlavaConfig
+    config = kind(
         vision_config=tower.config,
         text_config=text,
         image_token_index=words.image_token_id,
@@ -95,8 +122,9 @@ def llava_config(bundle: Bundle, tower: Any, words: Vocabulary) -> Any:
         vision_feature_layer=encoder.layer,
         vision_feature_select_strategy=selection(encoder),
         tie_word_embeddings=bool(text.tie_word_embeddings),
+        **({"image_grid_pinpoints": pinpoints(bundle.image_transform)} if is_next(bundle) else {}),
     )
-    config.architectures = ["LlavaForConditionalGeneration"]
+    config.architectures = [kind.__name__.replace("Config", "ForConditionalGeneration")]
     config.dtype = language.get_input_embeddings().weight.dtype
     return config
 
@@ -111,11 +139,12 @@ def selection(encoder: Encoder) -> Literal["default", "full"]:
 @torch.no_grad()
 def _check_classes(bundle: Bundle, config: Any) -> None:
     """Raise ModelError M570 if transformers would build another decoder, or leave out what ours does to its logits."""
-    from transformers import LlavaForConditionalGeneration
+    from transformers import LlavaForConditionalGeneration, LlavaNextForConditionalGeneration
 
+    kind: Any = LlavaNextForConditionalGeneration if is_next(bundle) else LlavaForConditionalGeneration
     language = cast(Any, bundle.model.language)
     with torch.device("meta"):
-        theirs: Any = LlavaForConditionalGeneration(config)
+        theirs: Any = kind(config)
     head: nn.Linear = language.get_output_embeddings()
     hidden = torch.linspace(-1, 1, head.in_features).to(head.weight)
     same_logits = torch.equal(logits_of(language, hidden), head(hidden))
@@ -140,23 +169,23 @@ def _generation(bundle: Bundle, words: Vocabulary) -> Any:
 
 
 def processor(bundle: Bundle, tower: Any, words: Vocabulary) -> Any:
-    """LlavaProcessor that sees what our `ImageTransform` sees, and lays questions out as our template does.
-
-    Raises: ModelError M570 for an image mode that it cannot express.
-    """
-    from transformers import LlavaImageProcessor, LlavaProcessor
+    """The processor that sees what our `ImageTransform` sees, and lays questions out as our template does."""
+    from transformers import LlavaImageProcessor, LlavaNextImageProcessor, LlavaNextProcessor, LlavaProcessor
 
     transform, encoder = bundle.image_transform, cast(Encoder, bundle.model.vision)
-    if transform.mode not in ("pad", "square"):
-        raise no_form(f"image_mode={transform.mode}", WHERE, "use vlmpeft.load, or train with data.image_mode=pad.")
-    images = LlavaImageProcessor(
-        do_pad=transform.mode == "pad",
-        size={"shortest_edge": transform.size},
-        crop_size={"height": transform.size, "width": transform.size},
-        image_mean=list(transform.mean),
-        image_std=list(transform.std),
-    )
-    return LlavaProcessor(
+    common: dict[str, Any] = {
+        "size": {"shortest_edge": transform.size},
+        "crop_size": {"height": transform.size, "width": transform.size},
+        "image_mean": list(transform.mean),
+        "image_std": list(transform.std),
+    }
+    images: Any
+    if is_next(bundle):
+        images = LlavaNextImageProcessor(image_grid_pinpoints=pinpoints(transform), **common)
+    else:
+        images = LlavaImageProcessor(do_pad=transform.mode == "pad", **common)
+    kind: Any = LlavaNextProcessor if is_next(bundle) else LlavaProcessor
+    return kind(
         image_processor=images,
         tokenizer=words.tokenizer,
         patch_size=tower.config.patch_size,

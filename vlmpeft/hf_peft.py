@@ -10,7 +10,7 @@ from torch import Tensor
 from vlmpeft import fs
 from vlmpeft.build import Bundle
 from vlmpeft.conversion import check_language, no_form
-from vlmpeft.hf_llava import check_projector
+from vlmpeft.hf_llava import check_projector, is_next
 from vlmpeft.llava_layout import MEMORY, new_name, renamed
 from vlmpeft.tune import Applied
 from vlmpeft.tuners import LoRA
@@ -30,6 +30,8 @@ def export_peft(bundle: Bundle, target: Path, base: str) -> None:
     Args: base: written as `base_model_name_or_path`; what `to=hf merge=false` wrote.
     Raises: ModelError M570 if the model cannot be expressed, or tuned what such a folder cannot hold.
     """
+    if is_next(bundle):
+        raise no_form("the newline of data.tile_merge=spatial_unpad", WHERE, "use to=hf, which holds all weights.")
     check_projector(bundle)
     check_language(bundle, WHERE)
     one, tuner = _adapter(list(bundle.tuned.applied.values()))

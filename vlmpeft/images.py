@@ -15,17 +15,17 @@ from typing import Literal
 
 import numpy as np
 import torch
-from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageFile, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from vlmpeft.anyres import TILES, Grid, Size, best_grid, boxes, placement
+from vlmpeft.anyres import TILES, Grid, Merge, Size, Tiling, best_grid
 from vlmpeft.errors import DataError
+from vlmpeft.squares import crop_to, pad_to_square, split
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # no EPS or PDF: those would start an interpreter
 MAX_PIXELS = 50_000_000
 PILLOW_LIMIT = 178_956_970  # Pillow's decoders refuse more: twice PIL.Image.MAX_IMAGE_PIXELS
 MAX_ASPECT = 200
-MAX_CANVAS = 8192  # side of a square an image is padded to: 200 MB; that of a long 50-megapixel strip would take 30 GB
 Mode = Literal["pad", "square", "anyres"]
 
 
@@ -54,6 +54,17 @@ def check_header(path: Path, max_pixels: int = MAX_PIXELS) -> Header:
     """Check format, size and kind of pixels from the header alone. Raises: as `open_image`."""
     with _opened(path, max_pixels) as image:
         return Header(image.size, bool(getattr(image, "is_animated", False)))  # BMP has no such attribute
+
+
+def upright_size(path: Path, max_pixels: int = MAX_PIXELS) -> Size:
+    """Width and height of what `open_image` gives. From the header, but for PNG, which may say at its end how it lies.
+
+    Raises: as `open_image`.
+    """
+    with _opened(path, max_pixels) as image, _whole_files():
+        turned = image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+        width, height = image.size
+        return (height, width) if turned and image.format != "TIFF" else (width, height)  # Pillow turns TIFF by itself
 
 
 @contextlib.contextmanager
@@ -137,6 +148,7 @@ class ImageTransform:
             whole image squeezed into a square, then the tiles of the grid that fits it best, row by row (LLaVA-NeXT).
         tiles: grids "anyres" chooses from, as rows and columns.
         max_pixels: of a file that is opened.
+        merge: how the tokens of the views follow one another; the size of an image decides them under "spatial_unpad".
     """
 
     size: int
@@ -145,6 +157,7 @@ class ImageTransform:
     mode: Mode = "pad"
     tiles: tuple[Grid, ...] = TILES
     max_pixels: int = MAX_PIXELS
+    merge: Merge = "flat"
 
     @property
     def fill(self) -> tuple[int, int, int]:
@@ -154,10 +167,15 @@ class ImageTransform:
 
     def num_views(self, size: Size) -> int:
         """v of an image of this width and height."""
+        return self.tiling(size).views
+
+    def tiling(self, size: Size) -> Tiling:
+        """How an image of this width and height is shown."""
         if self.mode != "anyres":
-            return 1
+            return Tiling()
         rows, columns = best_grid(size, self.size, self.tiles)
-        return 1 + rows * columns
+        views = 1 + rows * columns
+        return Tiling(views) if self.merge == "flat" else Tiling(views, (rows, columns), size)
 
     def __call__(self, image: Image.Image) -> Tensor:
         """Returns: (v, 3, size, size) float32."""
@@ -179,30 +197,34 @@ class ImageTransform:
 class ImageReader:
     """Files and pictures to their views, which can be counted before anything is decoded.
 
-    A file whose views were counted and which has others when it is read is refused: its tokens are in the batch.
+    A file whose tiling was asked and which has another when it is read is refused: its tokens are in the batch.
     """
 
     def __init__(self, transform: ImageTransform) -> None:
         self.transform = transform
-        self._counted: dict[Path, int] = {}
+        self._known: dict[Path, Tiling] = {}
 
     def num_views(self, image: Path | Image.Image) -> int:
         """v of an image. Raises: as `open_image`."""
-        if self.transform.mode != "anyres":
-            return 1
-        if isinstance(image, Image.Image):
-            return self.transform.num_views(self.picture(image).size)
-        if image not in self._counted:
-            self._counted[image] = self._count(image)
-        return self._counted[image]
+        return self.tiling(image).views
 
-    def _count(self, path: Path) -> int:
-        """From the header, unless it matters whether the image lies on its side, which few files say there."""
+    def tiling(self, image: Path | Image.Image) -> Tiling:
+        """How an image is shown. Raises: as `open_image`."""
+        if self.transform.mode != "anyres":
+            return Tiling()
+        if isinstance(image, Image.Image):
+            return self.transform.tiling(self.picture(image).size)
+        if image not in self._known:
+            self._known[image] = self._from_file(image)
+        return self._known[image]
+
+    def _from_file(self, path: Path) -> Tiling:
+        """From the header alone, unless it matters whether the image lies on its side."""
         width, height = check_header(path, self.transform.max_pixels).size
-        count = self.transform.num_views((width, height))
-        if count == self.transform.num_views((height, width)):
-            return count
-        return self.transform.num_views(self.picture(path).size)
+        tiling = self.transform.tiling((width, height))
+        if tiling == self.transform.tiling((height, width)):
+            return tiling
+        return self.transform.tiling(upright_size(path, self.transform.max_pixels))
 
     def picture(self, image: Path | Image.Image) -> Image.Image:
         """An image as upright RGB."""
@@ -212,39 +234,13 @@ class ImageReader:
 
     def __call__(self, image: Path | Image.Image) -> Tensor:
         """Returns: (v, 3, size, size). Raises: as `open_image`; DataError D104 for a file that has changed."""
-        views = self.transform(self.picture(image))
-        counted = len(views) if isinstance(image, Image.Image) else self._counted.get(image, len(views))
-        if len(views) != counted:
-            changed = f'image "{image}" has another shape than when it was checked: {counted} views, now {len(views)}.'
-            raise DataError("D104", changed, "leave the images alone while they are used, and start again.")
-        return views
-
-
-def split(image: Image.Image, grid: Grid, side: int) -> list[Image.Image]:
-    """An image resized (bicubic) onto a black canvas and cut into the tiles of `grid`, row by row, as in LLaVA-NeXT."""
-    rows, columns = grid
-    size, corner = placement(image.size, grid, side)
-    canvas = Image.new("RGB", (columns * side, rows * side))
-    canvas.paste(image.resize(size, Image.Resampling.BICUBIC), corner)
-    return [canvas.crop(box) for box in boxes(grid, side)]
-
-
-def pad_to_square(image: Image.Image, fill: tuple[int, int, int]) -> Image.Image:
-    """Centre the image on a square of its longer side; the odd pixel goes right or below, as in LLaVA."""
-    side = max(image.size)
-    if image.size == (side, side):
-        return image
-    if side > MAX_CANVAS:
-        return pad_to_square(ImageOps.contain(image, (MAX_CANVAS, MAX_CANVAS)), fill)
-    canvas = Image.new("RGB", (side, side), fill)
-    canvas.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
-    return canvas
-
-
-def crop_to(image: Image.Image, size: int) -> Image.Image:
-    """Shortest edge to `size` (bicubic), then the centre square, as CLIPImageProcessor does."""
-    short = min(image.size)
-    width, height = (int(size * s / short) for s in image.size)
-    resized = image.resize((width, height), Image.Resampling.BICUBIC) if image.size != (width, height) else image
-    left, top = (width - size) // 2, (height - size) // 2
-    return resized.crop((left, top, left + size, top + size))
+        picture = self.picture(image)
+        now = self.transform.tiling(picture.size)
+        then = now if isinstance(image, Image.Image) else self._known.get(image, now)
+        if now != then:
+            changed = (
+                f"{then.views} views, now {now.views}" if then.views != now.views else f"{then.size}, now {now.size}"
+            )
+            message = f'image "{image}" has another shape than when it was checked: {changed}.'
+            raise DataError("D104", message, "leave the images alone while they are used, and start again.")
+        return self.transform(picture)

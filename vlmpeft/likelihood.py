@@ -107,12 +107,12 @@ class _Item:
 
 
 def _item(encoder: TurnEncoder, read: ImageReader, number: int, request: Request, adapter: int | None) -> _Item:
-    views = [read.num_views(image) for image in request.images]
+    tilings = [read.tiling(image) for image in request.images]
     question = exchange_of(request).question
     rows: dict[tuple[int, ...], _Row] = {}
     candidates = []
     for text in request.candidates:
-        whole = encoder.encode([Exchange(question, text)], views=views)
+        whole = encoder.encode([Exchange(question, text)], tilings=tilings)
         start, tokens = _answer_tokens(encoder, whole, text)
         row = _Row(number, request, adapter, part(whole, 0, start + len(tokens) - 1), start)
         rows.setdefault(row.inputs, row)
@@ -187,7 +187,7 @@ def _hidden(model: VLM, read: ImageReader, rows: Sequence[_Row]) -> Tensor:
 
 def _read_each(model: VLM, encodings: Sequence[Encoding], views: Sequence[Tensor]) -> Tensor:
     batch = collate(encodings, views, side="left").to(model.language.get_input_embeddings().weight.device)
-    routing, embeddings = model.embed(batch.input_ids, batch.attention_mask, batch.labels, batch.pixel_values)
+    routing, embeddings = model.embed_batch(batch)
     with routed(routing):
         positions = position_ids(batch.attention_mask, None)
         return hidden_states(model.language, embeddings, batch.attention_mask, positions)
@@ -202,5 +202,5 @@ def _read_shared(
     rest = rest_of(encodings, lengths).to(table.weight.device)
     mask = torch.cat([mask, rest.attention_mask], 1)
     positions = position_ids(mask, None)[:, -rest.input_ids.shape[1] :]
-    with routed(routing_of(rest.input_ids, rest.attention_mask, rest.labels, IMAGE_TOKEN_ID, (0, 1))):
+    with routed(routing_of(rest.input_ids, rest.attention_mask, rest.labels, IMAGE_TOKEN_ID, ())):
         return hidden_states(model.language, table(rest.input_ids), mask, positions, cache)

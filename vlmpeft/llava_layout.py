@@ -17,14 +17,22 @@ from vlmpeft.errors import ModelError
 
 Pairs = tuple[tuple[str, str], ...]
 _LINEARS = (("projector.0.", "multi_modal_projector.linear_1."), ("projector.2.", "multi_modal_projector.linear_2."))
-HUB: Pairs = (("language.", "language_model."), *_LINEARS, ("vision.", "vision_tower.vision_model."))
+_NEWLINE = "projector.image_newline"  # of models whose tiles merge by spatial_unpad, as LLaVA-NeXT's do
+HUB: Pairs = (
+    ("language.", "language_model."),
+    *_LINEARS,
+    (_NEWLINE, "image_newline"),
+    ("vision.", "vision_tower.vision_model."),
+)
 MEMORY: Pairs = (
     ("language.model.", "model.language_model."),
     ("language.lm_head.", "lm_head."),
     *((ours, f"model.{theirs}") for ours, theirs in _LINEARS),
+    (_NEWLINE, "model.image_newline"),
     ("vision.", "model.vision_tower."),
 )
 ORIGINAL: Pairs = (
+    (_NEWLINE, "model.image_newline"),
     ("projector.", "model.mm_projector."),
     ("vision.", "model.vision_tower.vision_tower.vision_model."),
     ("language.", ""),  # last: every name begins with it

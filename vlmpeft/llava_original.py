@@ -30,6 +30,8 @@ def export_llava(bundle: Bundle, target: Path) -> None:
     tower = complete_tower(bundle, WHERE)
     tensors = renamed(plain_tensors(bundle, tower), ORIGINAL)
     model_type, architecture = classes[text["model_type"]]
+    if classes is MOBILE and bundle.image_transform.mode == "anyres":
+        raise no_form("image_mode=anyres", "MobileVLM's layout", "train with data.image_mode=pad.")
     config = text | _multimodal(bundle, projector) | {"model_type": model_type, "architectures": [architecture]}
     with fs.new_directory(target) as directory:
         fs.write_json(directory / "config.json", config)
@@ -50,17 +52,25 @@ def _projector(bundle: Bundle) -> tuple[str, dict[str, tuple[str, str]]]:
 
 
 def _multimodal(bundle: Bundle, projector: str) -> dict[str, Any]:
-    """The fields that LLaVA adds to a language model's config.json. Raises: ModelError M570 for another image mode."""
+    """The fields that LLaVA adds to a language model's config.json.
+
+    Raises: ModelError M570 for a newline behind a single view, which that code leaves out.
+    """
     encoder, transform = cast(Any, bundle.model.vision), bundle.image_transform
-    if transform.mode not in ("pad", "square"):
-        raise no_form(f"image_mode={transform.mode}", WHERE, "train with data.image_mode=pad.")
+    anyres = transform.mode == "anyres"
+    if transform.merge != "flat" and not anyres:
+        what = f"data.tile_merge=spatial_unpad with image_mode={transform.mode}"
+        raise no_form(what, WHERE, "train with data.image_mode=anyres.")
+    side = transform.size
+    tiles = {"image_grid_pinpoints": [[columns * side, rows * side] for rows, columns in transform.tiles]}
     return {
+        **(tiles if anyres else {}),
         "mm_vision_tower": bundle.recipe.vision.name.removeprefix("hf:"),
         "mm_vision_select_layer": encoder.layer,
         "mm_vision_select_feature": "patch" if encoder.prefix_tokens else "cls_patch",
         "mm_hidden_size": encoder.width,
         "mm_projector_type": projector,
-        "mm_patch_merge_type": "flat",
+        "mm_patch_merge_type": transform.merge,
         "mm_use_im_start_end": False,
         "mm_use_im_patch_token": False,
         "use_mm_proj": True,

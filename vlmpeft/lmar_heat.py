@@ -15,7 +15,7 @@ from vlmpeft.encoder import Encoder
 from vlmpeft.errors import ConfigError
 from vlmpeft.images import ImageReader
 from vlmpeft.lmar_samples import Shown, answers, run
-from vlmpeft.projectors.base import Grid, GridProjector
+from vlmpeft.projectors.base import Grid, Projector, output_grid
 from vlmpeft.steering.pictures import Heat
 from vlmpeft.steering.probe import image_attention
 
@@ -42,14 +42,8 @@ def chosen(token: str, layers: str) -> Chosen:
 
 def token_grid(bundle: Bundle) -> Grid | None:
     """Rows and columns of the image tokens of one view; None where they do not lie on the image, as queries do not."""
-    vision, tokens = cast(Encoder, bundle.model.vision), bundle.image_tokens
-    if tokens == vision.num_tokens:
-        return vision.grid if math.prod(vision.grid) == tokens else None
-    if not isinstance(bundle.model.projector, GridProjector):
-        return None
-    stride = math.sqrt(math.prod(vision.grid) / tokens)
-    rows, columns = (math.ceil(side / stride) for side in vision.grid)
-    return (rows, columns) if rows * columns == tokens else None
+    vision = cast(Encoder, bundle.model.vision)
+    return output_grid(cast(Projector, bundle.model.projector), vision.grid, vision.num_tokens)
 
 
 def box_of(mode: str, size: tuple[int, int]) -> tuple[float, float, float, float]:

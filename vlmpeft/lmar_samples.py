@@ -81,8 +81,8 @@ def _encode(
     if conversation.system is not None:
         encoder = copy.copy(encoder)
         encoder.system = conversation.system
-    views = ImageReader(bundle.image_transform).num_views
-    return encoder.encode(exchanges, independent, [views(path) for path in conversation.images])
+    tiling = ImageReader(bundle.image_transform).tiling
+    return encoder.encode(exchanges, independent, [tiling(path) for path in conversation.images])
 
 
 def batched(items: Sequence[Conversation] | Sequence[Shown], size: int) -> Iterator[list]:
@@ -100,7 +100,7 @@ def run(bundle: Bundle, shown: Sequence[Shown]) -> None:
     batch = collate([s.encoding for s in shown], views).to(device)
     user = pad_sequence([torch.tensor(s.encoding.user) for s in shown], batch_first=True).to(device)
     mask, turns = batch.attention_mask, batch.turns
-    routing, embeddings = model.embed(batch.input_ids, mask, batch.labels, batch.pixel_values)
+    routing, embeddings = model.embed_batch(batch)
     bias: Tensor = mask if turns is None else turn_mask(mask, turns, embeddings.dtype)
     with routed(replace(routing, instruction=user)):
         hidden_states(model.language, embeddings, bias, position_ids(mask, turns))

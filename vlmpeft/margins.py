@@ -56,7 +56,7 @@ class YesNo:
         self.words = [_first(encoder.encode([Exchange(("q",), word)])) for word in WORDS]
         if self.words[0] == self.words[1]:
             raise ModelError("M518", "the tokenizer starts Yes and No with the same token.", "use another tokenizer.")
-        views = ImageReader(bundle.image_transform).num_views
+        tiling = ImageReader(bundle.image_transform).tiling
         by_image: dict[Path, list[int]] = {}
         for number, path in enumerate(resolve_images(questions, folder)):
             by_image.setdefault(path, []).append(number)
@@ -64,7 +64,7 @@ class YesNo:
         for path, numbers in by_image.items():
             for chosen in [[n] for n in numbers] if alone else [numbers]:
                 exchanges = [_exchange(questions[n], path, suffix, first=i == 0) for i, n in enumerate(chosen)]
-                self.groups.append((path, chosen, _up_to_answer(encoder.encode(exchanges, True, [views(path)]))))
+                self.groups.append((path, chosen, _up_to_answer(encoder.encode(exchanges, True, [tiling(path)]))))
 
     def margins(
         self, bundle: Bundle, batch_size: int, progress: Callable[[int], object] = lambda _: None
@@ -95,7 +95,7 @@ class YesNo:
         batch = collate([encoding for _, encoding in rows], views).to(device)
         user = pad_sequence([torch.tensor(e.user) for _, e in rows], batch_first=True).to(device)
         mask, turns = batch.attention_mask, batch.turns
-        routing, embeddings = model.embed(batch.input_ids, mask, batch.labels, batch.pixel_values)
+        routing, embeddings = model.embed_batch(batch)
         bias = mask if turns is None else turn_mask(mask, turns, embeddings.dtype)
         with routed(replace(routing, instruction=user)):
             hidden = hidden_states(model.language, embeddings, bias, position_ids(mask, turns))
@@ -117,7 +117,7 @@ def _first(encoding: Encoding) -> int:
 
 def _up_to_answer(encoding: Encoding) -> Encoding:
     """The encoding without what follows each turn's first answer token."""
-    out, before = Encoding(), IGNORE
+    out, before = Encoding(tilings=encoding.tilings), IGNORE
     for token, label, turn, user in zip(
         encoding.input_ids, encoding.labels, encoding.turns, encoding.user, strict=True
     ):

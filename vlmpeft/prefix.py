@@ -125,7 +125,7 @@ def read_prefixes(
     cache = DynamicCache(config=model.language.config)
     positions = position_ids(batch.attention_mask, None)
     with chosen_rows([keys.index(key) for key in order]):
-        routing, embeddings = model.embed(batch.input_ids, batch.attention_mask, batch.labels, batch.pixel_values)
+        routing, embeddings = model.embed_batch(batch)
     with routed(routing):
         hidden_states(model.language, embeddings, batch.attention_mask, positions, cache)
     index = torch.tensor([order.index(key) for key in keys], device=batch.input_ids.device)
@@ -139,5 +139,6 @@ def rest_of(encodings: Sequence[Encoding], lengths: Sequence[int]) -> Batch:
 
 
 def part(encoding: Encoding, start: int, stop: int | None) -> Encoding:
-    """The tokens from `start` to before `stop`."""
-    return Encoding(encoding.input_ids[start:stop], encoding.labels[start:stop], encoding.turns[start:stop])
+    """The tokens from `start`, which is 0 or behind the images, to before `stop`, which is behind them."""
+    rows = encoding.input_ids[start:stop], encoding.labels[start:stop], encoding.turns[start:stop]
+    return Encoding(*rows, tilings=[] if start else encoding.tilings)

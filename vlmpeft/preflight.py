@@ -111,7 +111,7 @@ def preparation(bundle: Bundle, name: str, read: ImageReader) -> Preparation:
     stage = bundle.recipe.stages[name]
     independent, size = stage.turns == "independent", bundle.image_transform.size
     encoder = bundle.turn_encoder(stage)
-    return Preparation(bundle.recipe.data, encoder, independent, read.num_views, size, bundle.recipe.tokens.add)
+    return Preparation(bundle.recipe.data, encoder, independent, read.tiling, size, bundle.recipe.tokens.add)
 
 
 def _prepare(bundle: Bundle, name: str, read: ImageReader, directory: Path, say: Say) -> Prepared:

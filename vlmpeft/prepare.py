@@ -28,9 +28,11 @@ HASHED = 1 << 30  # bytes of a file up to which its content tells whether it cha
 # What decides the samples of a file besides the file: modules, and keys of the data section.
 CODE = (
     "anyres batch data images json_stream layout_names layout_tokenizer layouts normalise prepare readers "
-    "record_encoder records safe_paths sample_store template"
+    "record_encoder records safe_paths sample_store squares template"
 )
-OPTIONS = "auto_image_token duplicate_ids image_mode max_image_pixels max_length tiles truncate verify_images"
+OPTIONS = (
+    "auto_image_token duplicate_ids image_mode max_image_pixels max_length tile_merge tiles truncate verify_images"
+)
 
 
 @dataclass(frozen=True)
@@ -154,7 +156,8 @@ def _key(file: DataFile, how: Preparation) -> str:
         folder and os.path.realpath(folder),
         [getattr(config, name) for name in OPTIONS.split()],
         _tokenizer(encoder.tokenizer),
-        (encoder.template, encoder.image_tokens, encoder.system, how.independent, how.size, how.new_tokens),
+        (encoder.template, encoder.image_tokens, encoder.view_grid, encoder.system),
+        (how.independent, how.size, how.new_tokens),
         [metadata.version(name) for name in ("tokenizers", "transformers")],
     ):
         digest.update(repr(part).encode())

@@ -16,6 +16,7 @@ from typing import Any
 
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
+from vlmpeft.anyres import Tiling
 from vlmpeft.data import Fault, encode_sample
 from vlmpeft.data_config import DataConfig, DataFile
 from vlmpeft.errors import DataError
@@ -28,9 +29,9 @@ CHUNK = 256  # records
 LARGE = 32 << 20  # bytes of a file from which worker processes repay their start
 
 
-def one_view(_: Path) -> int:
-    """How many views an image has that is shown as one square."""
-    return 1
+def one_view(_: Path) -> Tiling:
+    """How an image is shown that is one square."""
+    return Tiling()
 
 
 @dataclass(frozen=True)
@@ -39,15 +40,15 @@ class Preparation:
 
     Args:
         independent: encode turns as independent (see `TurnEncoder.encode`).
-        views: how many views of an image file the model sees, each of `encoder.image_tokens` tokens.
-        size: side of the squares the model sees, which decides `views` with the options of the data section.
+        tiling: how an image file is shown.
+        size: side of the squares the model sees, which decides `tiling` with the options of the data section.
         new_tokens: that the encoder was made with.
     """
 
     config: DataConfig
     encoder: TurnEncoder
     independent: bool = False
-    views: Callable[[Path], int] = one_view
+    tiling: Callable[[Path], Tiling] = one_view
     size: int = 0
     new_tokens: tuple[str, ...] = ()
 
@@ -109,7 +110,7 @@ class RecordChunks(IterableDataset[Chunk]):
     def _encoded(self, parse: RecordParser, index: int, record: Any) -> tuple[str | None, PackedSample | Fault]:
         how = self.how
         try:
-            sample = encode_sample(parse(index, record), how.config, how.encoder, how.independent, how.views)
+            sample = encode_sample(parse(index, record), how.config, how.encoder, how.independent, how.tiling)
         except DataError as error:
             return identifier(record), Fault(error.code, error.message, error.fix)
         return identifier(record), packed(sample)

@@ -50,7 +50,7 @@ class Routing:
         predict: positions whose next token is an answer token, for the loss; None without labels.
         adapter: (b,) int64 index of the adapter a row uses, on the CPU; None where all rows use the same.
         instruction: what the user says, of the text; None where turns are not known.
-        images: (views, tokens of each) that the batch shows, where the host knows it.
+        images: tokens of every image (or view, where views stay apart) of the batch in order, where the host knows.
         prompts: virtual tokens at the input; the masks begin with them, as neither image nor text.
         prefix: virtual tokens that are keys and values only: every attention has their keys before those of the masks.
         memo: what acts on this forward keeps here what it computes once for all layers.
@@ -62,7 +62,7 @@ class Routing:
     predict: Tensor | None = None
     adapter: Tensor | None = field(default_factory=adapter_of_rows)
     instruction: Tensor | None = None
-    images: tuple[int, int] | None = None
+    images: tuple[int, ...] | None = None
     prompts: int = 0
     prefix: int = 0
     memo: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
@@ -102,7 +102,7 @@ def routing_of(
     attention_mask: Tensor,
     labels: Tensor | None,
     image_token_id: int,
-    images: tuple[int, int] | None = None,
+    images: tuple[int, ...] | None = None,
 ) -> Routing:
     """The routing of a batch. Args: input_ids, attention_mask, labels: (b, s); images: see `Routing`."""
     real = attention_mask.bool()
@@ -119,7 +119,7 @@ def text_routing(attention_mask: Tensor, answer: bool) -> Routing:
     """The routing of tokens (b, s) without an image: of a prompt, or of the answer a model has written itself."""
     real = attention_mask.bool()
     nowhere = torch.zeros_like(real)
-    return Routing(nowhere, real, real if answer else nowhere, images=(0, 1))
+    return Routing(nowhere, real, real if answer else nowhere, images=())
 
 
 def position_ids(attention_mask: Tensor, turns: Tensor | None) -> Tensor:

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from vlmpeft.anyres import Tiling, tiling_of
 from vlmpeft.batch import IGNORE, IMAGE_TOKEN_ID
 from vlmpeft.errors import DataError
 
@@ -28,13 +29,17 @@ MISSING = -1  # size of a file that is not there
 
 @dataclass(frozen=True)
 class Sample:
-    """One training sample: ids, labels and turns (see `Batch`), and its image files in order of appearance."""
+    """One training sample: ids, labels and turns (see `Batch`), and its image files in order of appearance.
+
+    tilings: of the images, see `Batch.tilings`; as many as images, or none.
+    """
 
     uid: str
     input_ids: Sequence[int]
     labels: Sequence[int]
     turns: Sequence[int]
     images: tuple[Path, ...]
+    tilings: tuple[Tiling, ...] = ()
 
 
 class PackedSample(NamedTuple):
@@ -45,6 +50,7 @@ class PackedSample(NamedTuple):
     runs: Any
     images: tuple[Path, ...]
     length: int
+    tilings: tuple[Tiling, ...] = ()
 
 
 def packed(sample: Sample) -> PackedSample:
@@ -55,7 +61,7 @@ def packed(sample: Sample) -> PackedSample:
     starts = np.concatenate(([0], changes)).astype(np.int32)
     counts = np.diff(starts, append=len(ids))
     runs = np.stack((counts, kinds[starts], turns[starts]), axis=1).astype(np.int32)
-    return PackedSample(sample.uid, ids[kinds != IMAGE], runs, sample.images, len(ids))
+    return PackedSample(sample.uid, ids[kinds != IMAGE], runs, sample.images, len(ids), sample.tilings)
 
 
 def unpacked(text: Any, runs: Any) -> tuple[Sequence[int], Sequence[int], Sequence[int]]:
@@ -79,12 +85,13 @@ class SampleWriter:
         import pyarrow
 
         self.pyarrow, self.directory = pyarrow, directory
-        numbers = pyarrow.list_(pyarrow.int32())
+        self.numbers = numbers = pyarrow.list_(pyarrow.int32())
         columns = {"uid": pyarrow.binary(), "ids": numbers, "runs": numbers, "images": numbers}
         counts = {"length": pyarrow.int32(), "supervised": pyarrow.int32()}
         self.schema = pyarrow.schema([*columns.items(), *counts.items()])
         self.rows: list[tuple[Any, ...]] = []
         self.images: dict[str, int] = {}
+        self.tilings: dict[str, list[int]] = {}
         self.fingerprint = hashlib.sha256()
         self.file = pyarrow.ipc.new_stream(pyarrow.OSFile(str(directory / SAMPLES), "wb"), self.schema)
 
@@ -95,6 +102,9 @@ class SampleWriter:
         names = [path.name for path in sample.images]
         self.fingerprint.update(repr((sample.uid, names, len(ids))).encode())
         self.fingerprint.update(ids.tobytes() + runs.tobytes())
+        if sample.tilings:
+            self.tilings |= {str(path): t.numbers() for path, t in zip(sample.images, sample.tilings, strict=True)}
+            self.fingerprint.update(repr(sample.tilings).encode())
         supervised = int(runs[runs[:, 1] == ANSWER, 0].sum())
         self.rows.append((_bytes(sample.uid), ids, runs.ravel(), images, sample.length, supervised))
         if len(self.rows) == ROWS:
@@ -125,6 +135,7 @@ class SampleWriter:
             "size": self.pyarrow.array([size for size, _ in stamps], self.pyarrow.int64()),
             "changed": self.pyarrow.array([changed for _, changed in stamps], self.pyarrow.int64()),
             "animated": self.pyarrow.array([path in moving for path in paths], self.pyarrow.bool_()),
+            "tiling": self.pyarrow.array([self.tilings.get(path, []) for path in paths], self.numbers),
         })  # fmt: skip
         with self.pyarrow.ipc.new_stream(str(self.directory / IMAGES), table.schema) as file:
             file.write_table(table, ROWS)
@@ -204,7 +215,9 @@ class SampleStore(Sequence[Sample]):
             return [self[i] for i in range(*index.indices(len(self)))]
         uid, ids, runs, images = (column[index] for column in self._columns)
         rows = unpacked(ids.values.to_numpy(), runs.values.to_numpy().reshape(-1, 3))
-        return Sample(_text(uid), *rows, tuple(self._image(i) for i in images.as_py()))
+        shown = images.as_py()
+        tilings = tuple(tiling_of(numbers) for i in shown if (numbers := self._images["tiling"][i].as_py()))
+        return Sample(_text(uid), *rows, tuple(self._image(i) for i in shown), tilings)
 
     def _image(self, row: int) -> Path:
         return Path(_text(self._images["path"][row]))

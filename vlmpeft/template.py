@@ -13,6 +13,7 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
+from vlmpeft.anyres import Grid, Tiling, merged_tokens
 from vlmpeft.batch import IGNORE, IMAGE_TOKEN_ID
 from vlmpeft.errors import DataError
 from vlmpeft.layout_names import TEMPLATES, template_of
@@ -35,12 +36,14 @@ class Encoding:
         labels: IGNORE where no loss.
         turns: see `Batch.turns`.
         user: what a user says (see `Segment.user`); empty where nobody knows.
+        tilings: of the images, see `Batch.tilings`; this one list is as long as there are images, or empty.
     """
 
     input_ids: list[int] = field(default_factory=list)
     labels: list[int] = field(default_factory=list)
     turns: list[int] = field(default_factory=list)
     user: list[bool] = field(default_factory=list, compare=False)
+    tilings: list[Tiling] = field(default_factory=list)
 
     def add(self, ids: Sequence[int], supervised: bool, turn: int, user: bool = False) -> None:
         """Append ids with the same rule."""
@@ -64,6 +67,7 @@ class TurnEncoder:
         image_tokens: tokens one view of an image takes after the projector.
         system: system prompt; None keeps the template's own.
         new_tokens: tokens of the user's own, which stand for themselves wherever a text holds them.
+        view_grid: rows and columns of these image tokens, where tiles merge by spatial_unpad; None where they do not.
     """
 
     def __init__(
@@ -73,8 +77,10 @@ class TurnEncoder:
         image_tokens: int,
         system: str | None = None,
         new_tokens: Collection[str] = (),
+        view_grid: Grid | None = None,
     ) -> None:
         self.tokenizer, self.image_tokens, self.system = tokenizer, image_tokens, system
+        self.view_grid = view_grid
         self.template = template_of(template, tokenizer)
         begin = tokenizer("a")["input_ids"][:1]
         own_begin = isinstance(self.template, TokenizerTemplate)  # a chat template writes its own beginning of sequence
@@ -125,10 +131,14 @@ class TurnEncoder:
         inside = "|".join(f"(?<={re.escape(t[0])})(?={re.escape(t[1:])})" for t in found)
         return [i for piece in re.split(inside, text) for i in self._tokenize(piece, special=False)]
 
+    def tokens_of(self, tiling: Tiling) -> int:
+        """Tokens of an image that is shown so."""
+        if self.view_grid is None:
+            return tiling.views * self.image_tokens
+        return merged_tokens(tiling, self.view_grid)
+
     def segment_ids(self, segment: Segment) -> list[int]:
-        """Ids of one segment. Raises: DataError D111 for text that is not valid Unicode."""
-        if segment.kind == "image":
-            return [IMAGE_TOKEN_ID] * self.image_tokens
+        """Ids of one segment of text. Raises: DataError D111 for text that is not valid Unicode."""
         if segment.kind in ("fixed", "end"):
             return self._fixed_ids(segment.text)
         lead = segment.lead.removeprefix(" ") if self.space_merges else segment.lead
@@ -161,7 +171,7 @@ class TurnEncoder:
         return out
 
     def encode(
-        self, exchanges: Sequence[Exchange], independent: bool = False, views: Sequence[int] | None = None
+        self, exchanges: Sequence[Exchange], independent: bool = False, tilings: Sequence[Tiling] = ()
     ) -> Encoding:
         """Ids, labels and turns of a conversation.
 
@@ -170,23 +180,27 @@ class TurnEncoder:
             independent: answer each question by itself after the images (see `Batch.turns`). Conversations without
                 images, or with images after the first question, keep their order, and so does a template without
                 questions, where nothing but the turn before could predict an answer's first token.
-            views: how many of each image, in order of appearance (see `ImageTransform`); None for one each.
+            tilings: of the images, in order of appearance (see `ImageTransform`); one view for those not named.
         """
-        counts = itertools.chain(views or (), itertools.repeat(1))
+        shown = itertools.chain(tilings, itertools.repeat(Tiling()))
         if independent and len(exchanges) > 1 and _images_lead(exchanges) and not isinstance(self.template, Plain):
-            return self._encode_independent(exchanges, counts)
+            return self._encode_independent(exchanges, shown)
         out = Encoding()
         out.add(self.begin, supervised=False, turn=0)
-        self._append(out, self._segments(exchanges), 0, counts)
+        self._append(out, self._segments(exchanges), 0, shown)
         return out
 
-    def _append(self, out: Encoding, segments: Sequence[Segment], turn: int, views: Iterator[int]) -> None:
-        """Add segments to an encoding; an image takes `image_tokens` for each of its views."""
+    def _append(self, out: Encoding, segments: Sequence[Segment], turn: int, shown: Iterator[Tiling]) -> None:
+        """Add segments to an encoding; an image takes as many tokens as `tokens_of` says."""
         for segment in segments:
-            ids = self.segment_ids(segment) * (next(views) if segment.kind == "image" else 1)
-            out.add(ids, segment.kind in ("answer", "end"), turn, segment.user)
+            if segment.kind == "image":
+                tiling = next(shown)
+                out.add([IMAGE_TOKEN_ID] * self.tokens_of(tiling), supervised=False, turn=turn, user=segment.user)
+                out.tilings.extend([] if self.view_grid is None else [tiling])
+            else:
+                out.add(self.segment_ids(segment), segment.kind in ("answer", "end"), turn, segment.user)
 
-    def _encode_independent(self, exchanges: Sequence[Exchange], views: Iterator[int]) -> Encoding:
+    def _encode_independent(self, exchanges: Sequence[Exchange], shown: Iterator[Tiling]) -> Encoding:
         first = exchanges[0].question
         images = first[: max(i for i, c in enumerate(first) if isinstance(c, ImageSlot)) + 1]
         out = Encoding()
@@ -195,8 +209,8 @@ class TurnEncoder:
             question = first if turn == 1 else (*images, *_after_image(exchange.question))
             segments = self._segments([Exchange(question, exchange.answer)])
             shared = max(i for i, s in enumerate(segments) if s.kind == "image") + 1
-            self._append(out, segments[:shared] if turn == 1 else [], 0, views)
-            self._append(out, segments[shared:], turn, views)
+            self._append(out, segments[:shared] if turn == 1 else [], 0, shown)
+            self._append(out, segments[shared:], turn, shown)
         return out
 
 

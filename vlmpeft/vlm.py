@@ -1,22 +1,27 @@
 """The model we assemble: encoder -> projector -> splice -> causal LM.
 
-Letters: b batch, s sequence, i images, n tokens of an image, k after the projector, d width, m supervised tokens.
+Letters: b batch, s sequence, i views of images, n tokens of one, k after the projector, t tokens of all images,
+d width, m supervised tokens.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from vlmpeft.batch import IMAGE_TOKEN_ID, supervised_index
+from vlmpeft.anyres import Grid, Tiling, merged_tokens
+from vlmpeft.batch import IMAGE_TOKEN_ID, Batch, supervised_index
 from vlmpeft.errors import ModelError
 from vlmpeft.language import decoder_of, hidden_states, logits_of
 from vlmpeft.loss import answer_loss
 from vlmpeft.parts import Parts
+from vlmpeft.projectors.base import NEWLINE
 from vlmpeft.routed import routed
 from vlmpeft.routing import Routing, position_ids, routing_of, turn_mask
+from vlmpeft.tile_merge import merged
 
 
 class VLMOutput(NamedTuple):
@@ -38,13 +43,22 @@ class VLM(nn.Module):
         vision: (i, 3, h, w) -> (i, n, d).
         projector: (i, n, d) -> (i, k, width of the LM).
         language: any causal LM of transformers.
-        image_scale: factor on the projector's output.
+        image_scale: factor on the projector's output, and on its newline.
+        view_grid: rows and columns of the k tokens of a view, where tiles merge by spatial_unpad; the projector then
+            has a newline (`add_newline`). None leaves views one after another.
     """
 
-    def __init__(self, vision: nn.Module, projector: nn.Module, language: Any, image_scale: float = 1.0) -> None:
+    def __init__(
+        self,
+        vision: nn.Module,
+        projector: nn.Module,
+        language: Any,
+        image_scale: float = 1.0,
+        view_grid: Grid | None = None,
+    ) -> None:
         super().__init__()
         self.vision, self.projector, self.language = vision, projector, language
-        self.image_scale = image_scale
+        self.image_scale, self.view_grid = image_scale, view_grid
         self.config = language.config  # transformers.Trainer and accelerate read it
 
     @property
@@ -63,21 +77,38 @@ class VLM(nn.Module):
         return (embeddings * self.image_scale).to(dtype)
 
     def embed(
-        self, input_ids: Tensor, mask: Tensor, labels: Tensor | None, pixel_values: Tensor | None
+        self,
+        input_ids: Tensor,
+        mask: Tensor,
+        labels: Tensor | None,
+        pixel_values: Tensor | None,
+        tilings: Sequence[Tiling] | None = None,
     ) -> tuple[Routing, Tensor]:
         """What the language model needs of a `Batch`: where everything is, and embeddings (b, s, width).
 
-        Raises: ModelError M515 as `splice`.
+        Raises: ModelError M515 as `splice` and `tile_merge.merged`.
         """
-        images = None if pixel_values is None else self.image_embeddings(pixel_values)
-        shown = (0, 1) if images is None else (images.shape[0], images.shape[1])
-        routing = routing_of(input_ids, mask, labels, IMAGE_TOKEN_ID, shown)
+        images, counts = (None, ()) if pixel_values is None else self._image_tokens(pixel_values, tilings)
+        routing = routing_of(input_ids, mask, labels, IMAGE_TOKEN_ID, counts)
         return routing, self.splice(input_ids, routing.visual, images)
+
+    def _image_tokens(self, pixel_values: Tensor, tilings: Sequence[Tiling] | None) -> tuple[Tensor, tuple[int, ...]]:
+        """The tokens of all images (t, width), and how many each has, or each view where views stay apart."""
+        views = self.image_embeddings(pixel_values)
+        if self.view_grid is None:
+            return views.flatten(0, 1), (views.shape[1],) * len(views)
+        newline = self.projector.get_parameter(NEWLINE) * self.image_scale
+        tokens = merged(views, tilings, self.view_grid, newline)
+        return tokens, tuple(merged_tokens(tiling, self.view_grid) for tiling in tilings or ())
+
+    def embed_batch(self, batch: Batch) -> tuple[Routing, Tensor]:
+        """`embed` of a batch's fields."""
+        return self.embed(batch.input_ids, batch.attention_mask, batch.labels, batch.pixel_values, batch.tilings)
 
     def splice(self, input_ids: Tensor, visual: Tensor, images: Tensor | None) -> Tensor:
         """Token embeddings with image embeddings in the place of the placeholders.
 
-        Args: input_ids (b, s); visual (b, s) bool, image placeholders; images (i, k, width), or None.
+        Args: input_ids (b, s); visual (b, s) bool, image placeholders; images (t, width), or None.
         Returns: (b, s, width).
         Raises: ModelError M515 if placeholders and image tokens differ in number (checked where it costs no wait).
         """
@@ -86,7 +117,7 @@ class VLM(nn.Module):
         if images is None:
             self._check_count(visual, 0)
             return embeddings + self._no_images().to(embeddings.dtype)
-        self._check_count(visual, images.shape[0] * images.shape[1])
+        self._check_count(visual, len(images))
         return embeddings.masked_scatter(visual[..., None], images)
 
     def _no_images(self) -> Tensor:
@@ -116,6 +147,7 @@ class VLM(nn.Module):
         pixel_values: Tensor | None = None,
         turns: Tensor | None = None,
         supervised: Tensor | None = None,
+        tilings: Sequence[Tiling] | None = None,
         num_items_in_batch: Tensor | int | None = None,
     ) -> VLMOutput:
         """Forward of a `Batch`; the arguments are its fields.
@@ -123,7 +155,7 @@ class VLM(nn.Module):
         Args: num_items_in_batch: divisor of the summed loss; None divides by the supervised tokens of this batch.
         """
         mask = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
-        routing, embeddings = self.embed(input_ids, mask, labels, pixel_values)
+        routing, embeddings = self.embed(input_ids, mask, labels, pixel_values, tilings)
         bias = mask if turns is None else turn_mask(mask, turns, embeddings.dtype)
         with routed(routing):
             hidden = hidden_states(self.language, embeddings, bias, position_ids(mask, turns))
