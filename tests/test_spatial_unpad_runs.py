@@ -1,4 +1,4 @@
-"""Whole models whose tiles merge by spatial_unpad: data, answers, training, files, and transformers' LLaVA-NeXT of them."""
+"""Whole models whose tiles merge by spatial_unpad: data, answers, training, files, and exports to LLaVA-NeXT."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ from vlmpeft.eval import pope
 from vlmpeft.features import cache_features
 from vlmpeft.hf_llava import export_hf
 from vlmpeft.images import ImageReader
+from vlmpeft.llava_layout import read_llava
 from vlmpeft.lmar_heat import Chosen, heats
 from vlmpeft.lmar_samples import answered_by_data, with_images
-from vlmpeft.llava_layout import read_llava
 from vlmpeft.prepare import prepare
 from vlmpeft.record_encoder import Preparation
 from vlmpeft.template import IMAGE, Exchange
