@@ -1,4 +1,4 @@
-"""Whole models whose tiles merge by spatial_unpad: data, answers, training, files, and transformers' LLaVA-NeXT of them."""
+"""Whole models whose tiles merge by spatial_unpad: data, answers, training, files, and exports to LLaVA-NeXT."""
 
 from __future__ import annotations
 
