@@ -19,7 +19,7 @@ from vlmpeft.build import Bundle
 from vlmpeft.config import load_recipe
 from vlmpeft.decode import Answer, Request, exchange_of
 from vlmpeft.errors import DataError
-from vlmpeft.prefix import can_share, common_lengths, shared_length
+from vlmpeft.prefix import can_share
 from vlmpeft.template import IMAGE
 
 WORDS = ("Yes", "No")
@@ -118,18 +118,6 @@ def test_an_image_asked_about_often_is_encoded_once_a_batch(bundle: Bundle, pict
     bundle.answer([Request((pictures[i % 2],), f"What is {i}?") for i in range(8)], batch_size=8, max_new_tokens=3)
     hook.remove()
     assert seen == [2]
-
-
-def test_words_that_questions_about_one_image_begin_with_are_read_once(bundle: Bundle, pictures: list[Path]) -> None:
-    encoder, asked = bundle.turn_encoder(), ("Is there a dog here?", "Is there a cow here?", "Is there a cow here?")
-    alike = [encoder.encode([decode.exchange_of(Request((pictures[0],), text))]) for text in asked]
-    ids = [encoding.input_ids for encoding in alike]
-    common = next(i for i, (a, b) in enumerate(zip(*ids[:2], strict=False)) if a != b)
-    assert common_lengths(alike, ["a", "a", "b"]) == [common, common, shared_length(alike[2])]
-    assert common > shared_length(alike[0])
-    assert common_lengths(alike[1:], ["a", "a"]) == [len(ids[1]) - 1] * 2  # the last token gives the answer's first
-    start = encoder.encode([decode.exchange_of(Request((pictures[0],), "Is"))])
-    assert common_lengths([alike[0], start], ["a", "a"])[0] < len(start.input_ids)
 
 
 def test_questions_about_one_image_go_together_whatever_their_order(bundle: Bundle, pictures: list[Path]) -> None:

@@ -16,7 +16,7 @@ from vlmpeft.batch import collate
 from vlmpeft.errors import DataError, ModelError
 from vlmpeft.images import ImageReader, ImageTransform
 from vlmpeft.language import decoder_of
-from vlmpeft.prefix import can_share, common_lengths, generate_shared, shared_length
+from vlmpeft.prefix import can_share, generate_shared, shared_length
 from vlmpeft.routed import generating
 from vlmpeft.routing import adapter_of_rows, chosen_rows
 from vlmpeft.template import IMAGE, Encoding, Exchange, ImageSlot, TurnEncoder, parse_question
@@ -186,8 +186,7 @@ def _generate(
     )
     if worth and can_share(model.language, longest):
         views = [view for key in dict.fromkeys(keys) for image in first_of[key].images for view in read(image)]
-        lengths = common_lengths(encodings, keys)
-        tokens, logits = generate_shared(model, encodings, keys, lengths, views, max_new_tokens, stops)
+        tokens, logits = generate_shared(model, encodings, keys, views, max_new_tokens, stops)
         return tokens, logits.float()
     views_of = {key: [v for image in request.images for v in read(image)] for key, request in first_of.items()}
     return generate_each(model, encodings, [view for key in keys for view in views_of[key]], max_new_tokens, stops)

@@ -21,7 +21,7 @@ from vlmpeft.decode import Request, adapters_of, exchange_of, images_key, settle
 from vlmpeft.errors import ModelError
 from vlmpeft.images import ImageReader, ImageTransform
 from vlmpeft.language import hidden_states, logits_of
-from vlmpeft.prefix import can_share, part, read_prefixes, rest_of, shared_length
+from vlmpeft.prefix import can_share, part, read_prefixes, shared_length
 from vlmpeft.routed import routed
 from vlmpeft.routing import chosen_rows, position_ids, routing_of
 from vlmpeft.template import Encoding, Exchange, TurnEncoder
@@ -180,8 +180,7 @@ def _hidden(model: VLM, read: ImageReader, rows: Sequence[_Row]) -> Tensor:
     shared = [shared_length(encoding) for encoding in encodings]
     worth = len(first) < len(rows) and any(shared) and all(s < row.prompt for s, row in zip(shared, rows, strict=True))
     if worth and can_share(model.language, max(len(row.inputs) for row in rows)):
-        first_views = [view for key in dict.fromkeys(keys) for view in views[key]]
-        return _read_shared(model, encodings, keys, shared, first_views)
+        return _read_shared(model, encodings, keys, [view for key in dict.fromkeys(keys) for view in views[key]])
     return _read_each(model, encodings, [view for key in keys for view in views[key]])
 
 
@@ -193,13 +192,11 @@ def _read_each(model: VLM, encodings: Sequence[Encoding], views: Sequence[Tensor
         return hidden_states(model.language, embeddings, batch.attention_mask, positions)
 
 
-def _read_shared(
-    model: VLM, encodings: Sequence[Encoding], keys: Sequence[Any], lengths: Sequence[int], views: Sequence[Tensor]
-) -> Tensor:
-    """As `_read_each`, the first `lengths` tokens of rows of equal keys read once; views of the different keys."""
+def _read_shared(model: VLM, encodings: Sequence[Encoding], keys: Sequence[Any], views: Sequence[Tensor]) -> Tensor:
+    """As `_read_each`, what rows of equal keys begin with read once. Args: views: of the different keys, in order."""
     table = model.language.get_input_embeddings()
-    cache, mask = read_prefixes(model, encodings, keys, lengths, views)
-    rest = rest_of(encodings, lengths).to(table.weight.device)
+    cache, mask = read_prefixes(model, encodings, keys, views)
+    rest = collate([part(e, shared_length(e), None) for e in encodings], side="left").to(table.weight.device)
     mask = torch.cat([mask, rest.attention_mask], 1)
     positions = position_ids(mask, None)[:, -rest.input_ids.shape[1] :]
     with routed(routing_of(rest.input_ids, rest.attention_mask, rest.labels, IMAGE_TOKEN_ID, ())):

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlmpeft.batch import IMAGE_TOKEN_ID, Batch, collate
+from vlmpeft.batch import IMAGE_TOKEN_ID, collate
 from vlmpeft.language import hidden_states, logits_of, takes_positions
 from vlmpeft.routed import routed
 from vlmpeft.routing import chosen_rows, position_ids, text_routing
@@ -25,28 +25,6 @@ def shared_length(encoding: Encoding) -> int:
     """Tokens up to the end of the last image: what questions about the same images have in common."""
     ids = encoding.input_ids
     return len(ids) - ids[::-1].index(IMAGE_TOKEN_ID) if IMAGE_TOKEN_ID in ids else 0
-
-
-def common_lengths(encodings: Sequence[Encoding], keys: Sequence[Hashable]) -> list[int]:
-    """Tokens that each row begins with as all rows of its key do: its images at least, never all of a row.
-
-    Args: keys: equal where rows begin with the same images and ids.
-    """
-    groups: dict[Hashable, list[Encoding]] = {}
-    for key, encoding in zip(keys, encodings, strict=True):
-        groups.setdefault(key, []).append(encoding)
-    lengths = {key: _common_length(members) for key, members in groups.items()}
-    return [lengths[key] for key in keys]
-
-
-def _common_length(members: Sequence[Encoding]) -> int:
-    images = shared_length(members[0])
-    if len(members) == 1:
-        return images
-    ids = [member.input_ids for member in members]
-    shortest = min(map(len, ids))
-    same = next((i for i, column in enumerate(zip(*ids, strict=False)) if len(set(column)) > 1), shortest)
-    return max(images, min(same, shortest - 1))
 
 
 def can_share(language: Any, length: int) -> bool:
@@ -68,7 +46,6 @@ def generate_shared(
     model: VLM,
     encodings: Sequence[Encoding],
     keys: Sequence[Hashable],
-    lengths: Sequence[int],
     views: Sequence[Tensor],
     max_new_tokens: int,
     stops: Sequence[int],
@@ -77,15 +54,14 @@ def generate_shared(
 
     Args:
         keys: equal where rows begin with the same images and ids.
-        lengths: tokens of each row to read once for its key, with its images among them; fewer than the row has.
         views: of the images of the different keys in the order they first appear, one tensor a view.
 
     Returns: new tokens (b, new), the logits (b, v) of the first of them.
     """
     language = model.language
     table = language.get_input_embeddings()
-    cache, mask = read_prefixes(model, encodings, keys, lengths, views)
-    rest = rest_of(encodings, lengths).to(table.weight.device)
+    cache, mask = read_prefixes(model, encodings, keys, views)
+    rest = collate([part(e, shared_length(e), None) for e in encodings], side="left").to(table.weight.device)
     mask = torch.cat([mask, rest.attention_mask], 1)
     positions = position_ids(mask, None)[:, -rest.input_ids.shape[1] :]
     with routed(text_routing(rest.attention_mask, answer=False)):
@@ -106,11 +82,7 @@ def generate_shared(
 
 
 def read_prefixes(
-    model: VLM,
-    encodings: Sequence[Encoding],
-    keys: Sequence[Hashable],
-    lengths: Sequence[int],
-    views: Sequence[Tensor],
+    model: VLM, encodings: Sequence[Encoding], keys: Sequence[Hashable], views: Sequence[Tensor]
 ) -> tuple[Any, Tensor]:
     """Keys and values of every different beginning. Args: as `generate_shared`.
 
@@ -118,9 +90,9 @@ def read_prefixes(
     """
     from transformers import DynamicCache
 
-    different = {key: part(e, 0, n) for key, e, n in zip(keys, encodings, lengths, strict=True)}
+    different = dict(zip(keys, encodings, strict=True))
     order = list(dict.fromkeys(keys))
-    prefixes = [different[key] for key in order]
+    prefixes = [part(different[key], 0, shared_length(different[key])) for key in order]
     batch = collate(prefixes, views, side="left").to(model.language.get_input_embeddings().weight.device)
     cache = DynamicCache(config=model.language.config)
     positions = position_ids(batch.attention_mask, None)
@@ -131,11 +103,6 @@ def read_prefixes(
     index = torch.tensor([order.index(key) for key in keys], device=batch.input_ids.device)
     cache.batch_select_indices(index)
     return cache, batch.attention_mask[index]
-
-
-def rest_of(encodings: Sequence[Encoding], lengths: Sequence[int]) -> Batch:
-    """What follows the first `lengths` tokens of each row, aligned at the ends."""
-    return collate([part(e, n, None) for e, n in zip(encodings, lengths, strict=True)], side="left")
 
 
 def part(encoding: Encoding, start: int, stop: int | None) -> Encoding:
