@@ -33,7 +33,7 @@ LEVELS: dict[int, str] = {
     "weights optim language tokens hf_chat prefix decode forward trackers align distributed sharding drift "
     "diagnose_config report report_attention report_data report_sections report_retention report_style charts "
     "scene_questions cpu_attention steps loglik eval_config compare_config compare_plan compare_picture compare_stats "
-    "compare_table overlay scene_files hf_prompt likelihood tile_merge connector",
+    "compare_table overlay scene_files hf_prompt likelihood tile_merge connector start",
     1: "vision vision_timm vision_transformers vision_open_clip vision_weights encoder template images projectors "
     "projectors.linear projectors.mlp projectors.ldp projectors.pixel_shuffle projectors.resampler "
     "projectors.qformer projectors.identity tuners tuners.dora tuners.embedding_lora tuners.full tuners.krona "

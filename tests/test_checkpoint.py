@@ -23,6 +23,7 @@ from vlmpeft.build import Bundle, assemble, enter_stage
 from vlmpeft.config import load_recipe
 from vlmpeft.errors import ModelError, VlmpeftError
 from vlmpeft.manifest import MANIFEST, verify, write_manifest
+from vlmpeft.start import start_from
 
 
 @pytest.fixture(scope="module")
@@ -133,7 +134,10 @@ def test_base_of_equal_shapes_but_other_weights_is_m501(
     if fits:
         checkpoint.restore(made, saved, verify(saved))
         return
-    for bring in (lambda: checkpoint.restore(made, saved, verify(saved)), lambda: checkpoint.start_from(made, saved)):
+    for bring in (
+        lambda: checkpoint.restore(made, saved, verify(saved)),
+        lambda: start_from(made.model, made.recipe, made.fingerprints, saved),
+    ):
         with pytest.raises(ModelError) as caught:
             bring()
         assert caught.value.code == "M501"
@@ -197,8 +201,19 @@ def test_refused_tensors_change_nothing(tiny_recipe: Path, saved: Path, tmp_path
     assert all(torch.equal(before[k], v) for k, v in made.model.state_dict().items())
 
 
+def test_a_built_model_starts_from_the_projector_that_its_recipe_names(tiny_recipe: Path, tmp_path: Path) -> None:
+    first = make_bundle(tiny_recipe, "stages.instruct=null", seed=1)
+    with torch.no_grad():
+        for parameter in first.model.projector.parameters():
+            parameter.add_(1)
+    checkpoint.save(first, tmp_path / "first")
+    built = vlmpeft.build(load_recipe(str(tiny_recipe), [*FAST, f"init={tmp_path / 'first'}"]))
+    expected = first.model.projector.state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in built.model.projector.state_dict().items())
+
+
 def test_start_from_a_run_that_tuned_more_is_m533(tiny_recipe: Path, saved: Path) -> None:
     made = assemble(load_recipe(str(tiny_recipe), FAST), torch.device("cpu"), torch.float32)
     with pytest.raises(ModelError) as caught:
-        checkpoint.start_from(made, saved)
+        start_from(made.model, made.recipe, made.fingerprints, saved)
     assert caught.value.code == "M533"

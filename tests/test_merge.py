@@ -79,12 +79,12 @@ def test_it_is_a_whole_directory_that_needs_the_old_language_model_no_more(
 def test_training_goes_on_from_it(merged: Path) -> None:
     """`language=OUT/language init=OUT`: the merged model is the base of the next run."""
     from vlmpeft.build import build
-    from vlmpeft.checkpoint import start_from
     from vlmpeft.config import load_recipe
+    from vlmpeft.start import start_from
 
     recipe = load_recipe(str(merged / "recipe.yaml"), ["stages.instruct.lora.r=2"])
     bundle = build(recipe)
-    start_from(bundle, merged)
+    start_from(bundle.model, bundle.recipe, bundle.fingerprints, merged)
     loaded = vlmpeft.load(merged, device="cpu")
     assert torch.equal(logits_of(bundle.model), logits_of(loaded.model))
     assert {name.rsplit(".", 2)[1] for name in bundle.tuned.trainable()} == {"lora_A", "lora_B"}

@@ -20,7 +20,7 @@ import vlmpeft
 from vlmpeft import export
 from vlmpeft.batch import IMAGE_TOKEN_ID, collate
 from vlmpeft.build import Bundle, dry_run, empty_bundle
-from vlmpeft.checkpoint import save, start_from
+from vlmpeft.checkpoint import save
 from vlmpeft.config import load_recipe
 from vlmpeft.data import Samples, load_batches
 from vlmpeft.data_config import DataConfig, DataFile
@@ -35,6 +35,7 @@ from vlmpeft.lmar_heat import Chosen, heats
 from vlmpeft.lmar_samples import answered_by_data, with_images
 from vlmpeft.prepare import prepare
 from vlmpeft.record_encoder import Preparation
+from vlmpeft.start import start_from
 from vlmpeft.template import IMAGE, Exchange
 
 UNPAD = ("data.image_mode=anyres", "data.tile_merge=spatial_unpad")
@@ -92,9 +93,9 @@ def test_a_run_starts_from_a_projector_of_its_own_merge_alone(tiny_recipe: Path,
     for merge, made in bundles.items():
         save(made, tmp_path / merge)
     for merge, other in (("flat", "spatial_unpad"), ("spatial_unpad", "flat")):
-        start_from(bundles[merge], tmp_path / merge)
+        start_from(bundles[merge].model, bundles[merge].recipe, bundles[merge].fingerprints, tmp_path / merge)
         with pytest.raises(ModelError, match=rf"M502.*trained with data.tile_merge={other}, this run has another"):
-            start_from(bundles[merge], tmp_path / other)
+            start_from(bundles[merge].model, bundles[merge].recipe, bundles[merge].fingerprints, tmp_path / other)
 
 
 def test_records_have_room_for_their_images_and_text_rows_for_none(bundle: Bundle, folder: Path) -> None:

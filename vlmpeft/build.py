@@ -25,6 +25,7 @@ from vlmpeft.parts import Parts
 from vlmpeft.quant import quantise
 from vlmpeft.quant_memory import WeightBytes, planned_bytes
 from vlmpeft.recipe import Recipe, Stage
+from vlmpeft.start import start_from
 from vlmpeft.template import TurnEncoder
 from vlmpeft.tokens import add_tokens
 from vlmpeft.tune import Tuned
@@ -172,9 +173,14 @@ def _transform(data: DataConfig, size: int, mean: Triple, std: Triple) -> ImageT
 
 
 def build(recipe: Recipe) -> Bundle:
-    """A recipe's model, tuned as its last stage says: load, then quantise, then tune."""
+    """A recipe's model, tuned as its last stage says: load, then quantise, then start from `init`, then tune.
+
+    Raises: as `start_from`.
+    """
     device = choose_device(recipe.run.device)
     bundle = assemble(recipe, device, choose_dtype(recipe.run.precision, device), recipe.run.seed)
+    if recipe.init is not None:
+        start_from(bundle.model, recipe, bundle.fingerprints, Path(recipe.init))
     enter_stage(bundle, bundle.stage)
     return bundle
 

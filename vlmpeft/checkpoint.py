@@ -17,11 +17,11 @@ from vlmpeft.config import load_recipe, to_yaml
 from vlmpeft.errors import ModelError
 from vlmpeft.images import ImageTransform
 from vlmpeft.manifest import verify, write_manifest
-from vlmpeft.projectors.base import NEWLINE
 from vlmpeft.quant import QuantConfig
 from vlmpeft.recipe import Recipe
+from vlmpeft.start import check_base
 from vlmpeft.tuners.base import ReadsOriginals
-from vlmpeft.weights import PROJECTOR, assign, check_tensors, read_tensors
+from vlmpeft.weights import PROJECTOR
 
 MERGED = "language"  # the folder of a merged language model inside a model directory
 
@@ -78,25 +78,12 @@ def _stage_of(bundle: Bundle, tuner: str) -> str:
     return [name for name in done if tuner in bundle.recipe.stages[name].tuners][-1]
 
 
-def _check_base(bundle: Bundle, directory: Path, manifest: Mapping[str, Any]) -> None:
-    """Raises: ModelError M501 if the base parts are not those `directory` was trained on and the recipe wants them."""
-    if bundle.recipe.run.allow_base_mismatch:
-        return
-    for part, base in manifest["base"].items():
-        here = bundle.fingerprints[part]
-        if here != base["fingerprint"]:
-            trained = f"{directory} was trained on {part} '{base['name']}' ({base['fingerprint']})"
-            message = f"{trained}, but '{getattr(bundle.recipe, part).name}' here is {here}."
-            fix = "load it on the base it was trained on, or set run.allow_base_mismatch=true."
-            raise ModelError("M501", message, fix)
-
-
 def restore(bundle: Bundle, directory: Path, manifest: Mapping[str, Any]) -> None:
     """Bring the tuned weights of a verified directory into a freshly assembled bundle.
 
     Raises: ModelError M501 for another base, M502, M503 for tensors that do not fit.
     """
-    _check_base(bundle, directory, manifest)
+    check_base(bundle.recipe, bundle.fingerprints, directory, manifest)
     tuners = {name: bundle.recipe.stages[stage].tuners[name] for name, stage in manifest["tuner_stage"].items()}
     bundle.tuned.apply(tuners)
     restore_weights(bundle, directory)
@@ -112,26 +99,6 @@ def reload(bundle: Bundle, directory: Path, device: torch.device, dtype: torch.d
     fresh = assemble(bundle.recipe, device, dtype, bundle.recipe.run.seed)
     restore(fresh, directory, verify(directory))
     bundle.model, bundle.tuned = fresh.model, fresh.tuned
-
-
-def start_from(bundle: Bundle, directory: Path) -> None:
-    """Take the projector of another run's model directory, as stage 2 starts from stage 1.
-
-    Raises: ModelError M501 for another base; M533 if that run tuned more than the projector: this run would not carry
-    it; M502 for another shape, or a newline that only one of them has.
-    """
-    manifest = verify(directory)
-    _check_base(bundle, directory, manifest)
-    more = [name for name in manifest["trained"] if not name.startswith("projector.")]
-    if more:
-        message = f"init={directory} also tuned '{more[0]}' ({len(more)} tensors), which this run cannot start from."
-        raise ModelError("M533", message, "export a merged base first.")
-    state, found = bundle.model.projector.state_dict(), read_tensors(directory / PROJECTOR)
-    if (NEWLINE in found) != (NEWLINE in state):
-        merge = "spatial_unpad" if NEWLINE in found else "flat"
-        message = f"init={directory} was trained with data.tile_merge={merge}, this run has another."
-        raise ModelError("M502", message, f"set data.tile_merge={merge}.")
-    assign(state, check_tensors(directory / PROJECTOR, found, state))
 
 
 def load(

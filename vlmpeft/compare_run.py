@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlmpeft import checkpoint, fs
+from vlmpeft import fs
 from vlmpeft.build import Bundle, assemble, choose_device, choose_dtype
 from vlmpeft.compare_plan import Plan, Row, Task
 from vlmpeft.config import to_yaml
@@ -28,6 +28,7 @@ from vlmpeft.preflight import check_recipe, prepare_stages
 from vlmpeft.recipe import Recipe
 from vlmpeft.resume import Position
 from vlmpeft.run import Run
+from vlmpeft.start import start_from
 from vlmpeft.steering import lmar
 from vlmpeft.steering.statistics import numbers
 from vlmpeft.stopping import Preempted, StopSignal
@@ -81,7 +82,7 @@ class Runner:
         check_recipe(recipe)
         bundle = self.base.fresh(recipe)
         if start is not None:
-            checkpoint.start_from(bundle, start)
+            start_from(bundle.model, bundle.recipe, bundle.fingerprints, start)
         where = self.directory / "runs" / task.file
         fs.remove(where)
         where.mkdir(parents=True)

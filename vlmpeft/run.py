@@ -27,6 +27,7 @@ from vlmpeft.recipe import Recipe, Stage
 from vlmpeft.report import write_report
 from vlmpeft.resume import Position, checkpoints, position_of, save_checkpoint
 from vlmpeft.stage import StageData, StageResult
+from vlmpeft.start import start_from
 from vlmpeft.stopping import Preempted, StopSignal
 
 SUMMARY = "summary.json"
@@ -126,7 +127,7 @@ class Run:
             if before != now:
                 self._say(f"trained by {before} processes so far, now by {now}: the same samples, other rounding")
         elif self.recipe.init is not None:
-            checkpoint.start_from(bundle, Path(self.recipe.init))
+            start_from(bundle.model, self.recipe, bundle.fingerprints, Path(self.recipe.init))
         if self.accelerator.is_main_process:
             workspace.cut_metrics(self.dir, list(self.recipe.stages), position)
         return bundle, position, found
