@@ -69,6 +69,7 @@ def encode_sample(
         counts = [views(path) for path in conversation.images]
         tokens = [count * encoder.image_tokens for count in counts]
         encoding = encoder.encode(conversation.exchanges, independent, counts)
+        whole = len(encoding.input_ids)
         encoding, images = truncated(encoding, conversation.images, config.max_length, tokens, config.truncate)
         if encoding.num_supervised == 0:
             message = "no token carries a loss: the template supervises nothing here."
@@ -80,7 +81,7 @@ def encode_sample(
     except DataError as error:
         raise DataError(error.code, f"{conversation.where}: {error.message}", error.fix) from error
     ids, labels, turns = (array("i", row) for row in (encoding.input_ids, encoding.labels, encoding.turns))
-    return Sample(conversation.uid, ids, labels, turns, images)
+    return Sample(conversation.uid, ids, labels, turns, images, whole - len(ids))
 
 
 @dataclass(frozen=True)

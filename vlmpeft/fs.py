@@ -82,7 +82,7 @@ def explained(path: Path) -> Iterator[None]:
         found = OS_CODE.search(str(error))
         code = error.errno if isinstance(error, OSError) else int(found[1]) if found else None
         if code in FULL:
-            message = f"no room to write {path} ({shutil.disk_usage(_existing(path)).free:,} bytes free)."
+            message = f"no room to write {path} ({shutil.disk_usage(existing(path)).free:,} bytes free)."
             raise CheckpointError("K201", message, "free disk space or choose another run.dir.") from error
         if code in REFUSED:
             message = f"cannot write {path}: {os.strerror(code or 0)}."
@@ -90,7 +90,9 @@ def explained(path: Path) -> Iterator[None]:
         raise
 
 
-def _existing(path: Path) -> Path:
+def existing(path: Path) -> Path:
+    """A path if it is there, else the nearest folder above it that is."""
+    path = path.absolute()
     return next(p for p in (path, *path.parents) if p.exists())
 
 

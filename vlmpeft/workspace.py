@@ -25,19 +25,9 @@ LOCK = "run.lock"
 RECIPE = "recipe.yaml"
 FINAL = "final"
 RUN_KEYS = (
-    "dir",
-    "device",
-    "resume",
-    "overwrite",
-    "log_every",
-    "save_every",
-    "eval_every",
-    "keep",
-    "patience",
-    "trackers",
-    "project",
-    "timeout_s",
-)
+    "dir", "device", "resume", "overwrite", "log_every", "save_every", "eval_every", "keep", "patience", "trackers",
+    "project", "timeout_s",
+)  # fmt: skip
 CHECKING_KEYS = ("data.workers", "data.verify_images")
 MAY_CHANGE = ("title", "imports", "eval", "retention", *CHECKING_KEYS, *(f"run.{key}" for key in RUN_KEYS))
 AFTERWARDS = ("eval.blank", "eval.ablate")  # asked of the finished model alone
@@ -78,15 +68,38 @@ def open_directory(directory: Path, recipe: Recipe) -> None:
     if _used(directory) and recipe.run.overwrite:
         _move_away(directory)
     if _used(directory):
-        if recipe.run.resume == "never":
-            message = f"run.dir={directory} holds a run."
-            raise ConfigError("C112", message, "set run.resume=auto, run.overwrite=true or another run.dir.")
-        if (directory / RECIPE).is_file():
-            compare(directory / RECIPE, recipe)
+        _refuse_used(directory, recipe)
     if finished(directory):
         _check_final(directory / FINAL)
     else:
         fs.write_text(directory / RECIPE, to_yaml(recipe))
+
+
+def foresee(directory: Path, recipe: Recipe) -> tuple[str, Path | None]:
+    """What a run would find in a directory, without touching it. Returns: in words; the checkpoint it would go on from.
+
+    Raises: as `locked`, `open_directory` and `find_checkpoint`.
+    """
+    there = fs.existing(directory)
+    if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
+        what = f"{there} cannot be written" if there.is_dir() else f"{there} is a file"
+        raise ConfigError("C111", f"run.dir={directory}: {what}.", "choose another run.dir.")
+    if not _used(directory) or recipe.run.overwrite:
+        return ("an earlier run there would be moved away" if _used(directory) else "empty"), None
+    _refuse_used(directory, recipe)
+    if finished(directory):
+        return f"already complete, so training would do nothing: {directory / FINAL}", None
+    found = find_checkpoint(directory, recipe)
+    return ("a run that has saved nothing yet" if found is None else f"training would go on from {found}"), found
+
+
+def _refuse_used(directory: Path, recipe: Recipe) -> None:
+    """Raise for a used directory that `recipe` cannot go on in; see `open_directory`."""
+    if recipe.run.resume == "never":
+        message = f"run.dir={directory} holds a run."
+        raise ConfigError("C112", message, "set run.resume=auto, run.overwrite=true or another run.dir.")
+    if (directory / RECIPE).is_file():
+        compare(directory / RECIPE, recipe)
 
 
 def _used(directory: Path) -> bool:
