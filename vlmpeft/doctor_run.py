@@ -78,7 +78,7 @@ class Examination:
         """Load the model where the run would start from. Returns: index of the first stage that is left to train."""
         words, going_on = workspace.foresee(self.directory, self.recipe)
         self.found.add("note" if going_on else "ok", RUN, "directory", f"run.dir={self.directory}: {words}")
-        self.bundle = assemble(self.recipe, self.accelerator.device, self.dtype, self.recipe.run.seed)
+        self.bundle: Bundle = assemble(self.recipe, self.accelerator.device, self.dtype, self.recipe.run.seed)
         if broken := not_finite(dict(self.bundle.model.named_parameters())):
             message = f"the base weight {broken[0]} holds NaN or infinity ({len(broken)} such)."
             raise ModelError("M595", message, "fetch the weights again.")
@@ -129,7 +129,7 @@ class Examination:
                 self.optimizer = optimizer_bytes(self.recipe.stages[name].optim.name, trained.values())
             before, transform = logits_of_batch(self.bundle, loaded.batch, self.dtype), self.bundle.image_transform
             del trained, self.bundle  # or two models would be in memory
-            self.bundle: Bundle = checkpoint.load(place / workspace.FINAL, self.accelerator.device.type, self.dtype)
+            self.bundle = checkpoint.load(place / workspace.FINAL, self.accelerator.device.type, self.dtype)
             after = logits_of_batch(self.bundle, loaded.batch, self.dtype)
             same = compare_logits(before, after, place / workspace.FINAL)
         if self.bundle.image_transform != transform:
