@@ -19,7 +19,7 @@ FOLDERS = {
     "vlmpeft.recipes": "recipes",
 }
 LEVELS: dict[int, str] = {
-    4: "adapters __main__ train generate inspect lmar scenes export merge compare",
+    4: "adapters __main__ train generate inspect lmar scenes export merge compare doctor plan",
     3: "adapter_soup build checkpoint conversion resume preflight workspace loop run evaluation retention hf_llava "
     "hf_peft llava_original lmar_heat lmar_samples diagnose eval eval.paths eval.pope eval.rows eval.runner "
     "eval.short eval.ablate eval.benchmark eval.caption eval.cider eval.compare eval.gqa eval.hallusion "
@@ -27,13 +27,14 @@ LEVELS: dict[int, str] = {
     "eval.mmmu eval.mmmu_data eval.mmmu_parse eval.scienceqa eval.mmbench eval.iconqa eval.choice figure "
     "eval.pope_parse eval.pope_score eval.answer_log eval.arguments eval.asking eval.identity eval.method "
     "eval.session eval.team eval.wrong_page eval.choices_ask margins compare_run compare_loop compare_report "
-    "hf_vlm eval.distinct eval.harness eval.model",
+    "hf_vlm eval.distinct eval.harness eval.model doctor_run doctor_stage round_trip memory_plan plan_fit plan_text",
     2: "adapter_files adapter_learn adapter_merge pool config sections yaml_file recipe data_config records data "
     "sample_store sample_text mixture record_encoder prepare stage features vlm quant quant_memory tune conflicts "
     "weights optim language tokens hf_chat prefix decode forward trackers align distributed sharding drift "
     "diagnose_config report report_attention report_data report_sections report_retention report_style charts "
     "scene_questions cpu_attention steps loglik eval_config compare_config compare_plan compare_picture compare_stats "
-    "compare_table overlay scene_files hf_prompt likelihood tile_merge connector start",
+    "compare_table overlay scene_files hf_prompt likelihood tile_merge connector changes start supervision "
+    "gradient_flow optim_memory activations",
     1: "vision vision_timm vision_transformers vision_open_clip vision_weights encoder template images projectors "
     "projectors.linear projectors.mlp projectors.ldp projectors.pixel_shuffle projectors.resampler "
     "projectors.qformer projectors.identity tuners tuners.dora tuners.embedding_lora tuners.full tuners.krona "
@@ -46,7 +47,7 @@ LEVELS: dict[int, str] = {
     "projectors.base projectors.layers tuners.attachment tuners.base tuners.linear tuners.targets tuners.sites "
     "tuners.substitute tuners.lora_init tuners.peft_folder tuners.virtual tuners.deep_prefix quant_anew "
     "tuners.lora_layers tuners.rank_budget tuners.bottleneck_layers tuners.gated_attention tuners.block_choice "
-    "tuners.ranks steering.lowrank peak_memory",
+    "tuners.ranks steering.lowrank peak_memory findings unchanged fake_model",
 }
 LEVEL = {name: level for level, names in LEVELS.items() for name in names.split()}
 GROUPS = {  # modules of level 1 that may import each other besides their own level-0 base
@@ -78,7 +79,10 @@ FREE |= {"steering", "steering.mores", "steering.probe", "steering.reference"}
 WHERE = {  # an outside library and the modules that may import it; True if inside functions only
     "omegaconf": ({"config"}, False),
     "yaml": ({"yaml_file"}, False),
-    "accelerate": ({"loop", "trackers", "distributed", "sharding", "forward"}, False),
+    "accelerate": (
+        {"loop", "trackers", "distributed", "sharding", "forward", "gradient_flow", "doctor_run", "doctor_stage"},
+        False,
+    ),
     "transformers": (
         {
             *("language", "vision_transformers", "decode", "prefix", "hf_llava", "hf_vlm", "tuners.prompt"),

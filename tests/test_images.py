@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-from vlmpeft import images
+from vlmpeft import images, squares
 from vlmpeft.errors import DataError
 from vlmpeft.images import ImageTransform, check_header, open_image
 
@@ -224,7 +224,7 @@ def test_a_long_strip_is_made_smaller_before_it_is_padded(monkeypatch: pytest.Mo
     sides: list[tuple[int, int]] = []
     new = Image.new
     monkeypatch.setattr(Image, "new", lambda mode, size, *more: sides.append(size) or new(mode, size, *more))
-    monkeypatch.setattr(images, "MAX_CANVAS", 256)
+    monkeypatch.setattr(squares, "MAX_CANVAS", 256)
     assert (ImageTransform(32, MEAN, STD)(strip) - whole).abs().mean() < 0.02
     assert (256, 256) in sides
     assert (1000, 1000) not in sides

@@ -120,7 +120,7 @@ def test_what_is_steered_are_image_tokens_in_every_template(template: str, choic
     encoding = TurnEncoder(bos_tokenizer, template, count).encode([question])
     images = len([part for part in question.question if part is IMAGE])
     ids = torch.tensor([encoding.input_ids])
-    routing = routing_of(ids, torch.ones_like(ids), None, IMAGE_TOKEN_ID, (images, count))
+    routing = routing_of(ids, torch.ones_like(ids), None, IMAGE_TOKEN_ID, (count,) * images)
     parsed = positions.parse(choice)
     found = ids.flatten()[IndexOf(parsed, "visual")(routing)]
     one = int(positions.chosen(parsed, torch.ones(1, count, dtype=torch.bool)).sum())

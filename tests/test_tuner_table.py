@@ -23,7 +23,8 @@ from vlmpeft.tuners.base import peft_form
 
 
 def test_no_method_is_left_out() -> None:
-    assert {tuner.kind for tuner in TABLE.values()} | ELSEWHERE == set(TUNERS)
+    ours = {kind for kind in TUNERS if TUNERS.get(kind).__module__.startswith("vlmpeft.")}
+    assert {tuner.kind for tuner in TABLE.values()} | ELSEWHERE == ours
 
 
 @EVERY

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from runs import FAST, run_train
 
-from vlmpeft import run, workspace
+from vlmpeft import changes, run, workspace
 from vlmpeft.config import load_recipe
 from vlmpeft.errors import CheckpointError, ConfigError
 from vlmpeft.resume import Position
@@ -78,30 +78,30 @@ def old(tiny_recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_changed_key_that_changes_training_is_named(key: str, old: Path, tiny_recipe: Path) -> None:
     recipe = load_recipe(str(tiny_recipe), [*FAST, f"{key}={MUST_MATCH[key]}"])
     with pytest.raises(CheckpointError) as caught:
-        workspace.compare(old, recipe)
+        changes.compare(old, recipe)
     assert caught.value.code == "K210"
     assert f" {key}" in caught.value.message
     assert " -> " in caught.value.message
 
 
 def test_changed_keys_that_leave_training_alone_pass(old: Path, tiny_recipe: Path) -> None:
-    workspace.compare(old, load_recipe(str(tiny_recipe), [*FAST, *(f"{k}={v}" for k, v in MAY_CHANGE.items())]))
+    changes.compare(old, load_recipe(str(tiny_recipe), [*FAST, *(f"{k}={v}" for k, v in MAY_CHANGE.items())]))
 
 
 @pytest.mark.parametrize("named", ["optim.lr", "stages.instruct.optim.lr"])
 def test_a_rate_that_is_named_may_change_and_is_told(named: str, old: Path, tiny_recipe: Path) -> None:
-    changes = ["stages.instruct.optim.lr=0.5", f"run.override=[{named}]"]
-    found = workspace.compare(old, load_recipe(str(tiny_recipe), [*FAST, *changes]))
+    wanted = ["stages.instruct.optim.lr=0.5", f"run.override=[{named}]"]
+    found = changes.compare(old, load_recipe(str(tiny_recipe), [*FAST, *wanted]))
     assert found == ["stages.instruct.optim.lr 0.01 -> 0.5"]
     with pytest.raises(CheckpointError, match=r"K210.*instruct\.batch\.size") as caught:
-        workspace.compare(old, load_recipe(str(tiny_recipe), [*FAST, *changes, "stages.instruct.batch.size=3"]))
+        changes.compare(old, load_recipe(str(tiny_recipe), [*FAST, *wanted, "stages.instruct.batch.size=3"]))
     assert "optim.lr" not in caught.value.message
 
 
 def test_a_tuners_rate_is_named_in_any_of_its_spellings(old: Path, tiny_recipe: Path) -> None:
     for named in ("lora.lr", "tuners.lora.lr", "stages.instruct.lora.lr", "stages.instruct.tuners.lora.lr"):
-        changes = ["stages.instruct.lora.lr=0.5", f"run.override=[{named}]"]
-        assert len(workspace.compare(old, load_recipe(str(tiny_recipe), [*FAST, *changes]))) == 1
+        wanted = ["stages.instruct.lora.lr=0.5", f"run.override=[{named}]"]
+        assert len(changes.compare(old, load_recipe(str(tiny_recipe), [*FAST, *wanted]))) == 1
 
 
 def test_what_a_run_is_made_of_cannot_be_overridden(tiny_recipe: Path) -> None:

@@ -10,6 +10,8 @@ from vlmpeft.errors import ConfigError, nearest, run_command
 
 COMMANDS = {
     "train": "train one stage or all stages of a recipe",
+    "doctor": "prove a run right before it starts",
+    "plan": "memory and FLOPs of a run, and how it fits a device",
     "generate": "answer a question about an image",
     "merge": "fold the adapters of a model into its weights",
     "adapters": "merge adapters, or average runs",

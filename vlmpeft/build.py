@@ -212,7 +212,7 @@ def dry_run(recipe: Recipe) -> dict[str, list[dict[str, object]]]:
 
     Returns: rows of `Tuned.table` by stage.
     """
-    model = _empty_model(recipe)
+    model = empty_model(recipe)
     tuned = Tuned(model, model.parts)
     tables: dict[str, list[dict[str, object]]] = {}
     for name, stage in recipe.stages.items():
@@ -223,11 +223,11 @@ def dry_run(recipe: Recipe) -> dict[str, list[dict[str, object]]]:
 
 def dry_weights(recipe: Recipe) -> WeightBytes:
     """What the weights of a recipe's model will take in memory, without adapters; from config.json files alone."""
-    model, dtype = _empty_model(recipe), choose_dtype(recipe.run.precision, choose_device(recipe.run.device))
+    model, dtype = empty_model(recipe), choose_dtype(recipe.run.precision, choose_device(recipe.run.device))
     return planned_bytes(model, model.parts, recipe.quant, dtype)
 
 
-def _empty_model(recipe: Recipe) -> VLM:
+def empty_model(recipe: Recipe) -> VLM:
     """A recipe's model on the meta device, with rows for its new tokens."""
     language = empty_language(recipe.language.name)
     if recipe.tokens.add:

@@ -71,6 +71,7 @@ def encode_sample(
         tilings = [tiling(path) for path in conversation.images]
         tokens = [encoder.tokens_of(found) for found in tilings]
         encoding = encoder.encode(conversation.exchanges, independent, tilings)
+        whole = len(encoding.input_ids)
         encoding, images = truncated(encoding, conversation.images, config.max_length, tokens, config.truncate)
         if encoding.num_supervised == 0:
             message = "no token carries a loss: the template supervises nothing here."
@@ -82,7 +83,7 @@ def encode_sample(
     except DataError as error:
         raise DataError(error.code, f"{conversation.where}: {error.message}", error.fix) from error
     ids, labels, turns = (array("i", row) for row in (encoding.input_ids, encoding.labels, encoding.turns))
-    return Sample(conversation.uid, ids, labels, turns, images, tuple(encoding.tilings))
+    return Sample(conversation.uid, ids, labels, turns, images, tuple(encoding.tilings), whole - len(ids))
 
 
 @dataclass(frozen=True)

@@ -82,7 +82,7 @@ def explained(path: Path) -> Iterator[None]:
         found = OS_CODE.search(str(error))
         code = error.errno if isinstance(error, OSError) else int(found[1]) if found else None
         if code in FULL:
-            message = f"no room to write {path} ({shutil.disk_usage(_existing(path)).free:,} bytes free)."
+            message = f"no room to write {path} ({shutil.disk_usage(existing(path)).free:,} bytes free)."
             raise CheckpointError("K201", message, "free disk space or choose another run.dir.") from error
         if code in REFUSED:
             message = f"cannot write {path}: {os.strerror(code or 0)}."
@@ -90,15 +90,19 @@ def explained(path: Path) -> Iterator[None]:
         raise
 
 
-def require_room(directory: Path, size: int) -> None:
-    """Raises: CheckpointError K201 if less than `size` bytes are free where `directory` is or will be."""
-    free = shutil.disk_usage(_existing(directory)).free
-    if free < size:
-        message = f"{directory} needs {size:,} bytes of disk for checkpoints, {free:,} are free."
-        raise CheckpointError("K201", message, "free disk space or choose another run.dir.")
+def require_room(directory: Path, needed: int) -> int:
+    """Free bytes where a directory is or would be. Raises: CheckpointError K201 if they are fewer than needed."""
+    there = existing(directory)
+    free = shutil.disk_usage(there).free
+    if free < needed:
+        message = f"{there} has {free / 2**30:.2f} GiB free, this writes up to {needed / 2**30:.2f} GiB."
+        raise CheckpointError("K201", message, "make room, lower run.keep, or choose another run.dir.")
+    return free
 
 
-def _existing(path: Path) -> Path:
+def existing(path: Path) -> Path:
+    """A path if it is there, else the nearest folder above it that is."""
+    path = path.absolute()
     return next(p for p in (path, *path.parents) if p.exists())
 
 

@@ -47,9 +47,14 @@ class Mixture(Sequence[Sample]):
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
             return self.take(range(*index.indices(len(self))))
+        file, row = self.place(index)
+        return self.stores[file][row]
+
+    def place(self, index: int) -> tuple[int, int]:
+        """The file of a sample and its row there, both from 0."""
         row = int(self.rows[index])
         file = bisect_right(self._starts, row) - 1
-        return self.stores[file][row - self._starts[file]]
+        return file, row - self._starts[file]
 
     def take(self, indices: Sequence[int]) -> Mixture:
         """The samples at ascending indices."""
@@ -59,6 +64,11 @@ class Mixture(Sequence[Sample]):
     def supervised(self) -> int:
         """Answer tokens of all samples."""
         return int(self._gathered([store.supervised for store in self.stores]).sum())
+
+    @property
+    def cut(self) -> int:
+        """How many samples did not fit into data.max_length."""
+        return int((self._gathered([store.cut for store in self.stores]) > 0).sum())
 
     def images(self) -> Iterator[Path]:
         """Every image file of the files' samples, chosen or not."""

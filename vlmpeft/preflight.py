@@ -92,7 +92,8 @@ def prepare_stages(bundle: Bundle, directory: Path, say: Say) -> tuple[dict[str,
     """
     recipe, data = bundle.recipe, bundle.recipe.data
     read = ImageReader(bundle.image_transform)
-    prepared = {name: _prepare(bundle, name, read, directory, say) for name in recipe.stages}
+    reports = {name: directory / f"bad_samples-{name}.jsonl" for name in recipe.stages}
+    prepared = {name: prepare_stage(bundle, name, read, reports[name], say) for name in recipe.stages}
     load: Callable[[Path], Tensor] = read
     workers = data.workers
     paths = [path for found in prepared.values() for path in found.samples.images()] if data.cache_features else []
@@ -114,12 +115,14 @@ def preparation(bundle: Bundle, name: str, read: ImageReader) -> Preparation:
     return Preparation(bundle.recipe.data, encoder, independent, read.tiling, size, bundle.recipe.tokens.add)
 
 
-def _prepare(bundle: Bundle, name: str, read: ImageReader, directory: Path, say: Say) -> Prepared:
-    report = directory / f"bad_samples-{name}.jsonl"
+def prepare_stage(bundle: Bundle, name: str, read: ImageReader, report: Path | None, say: Say) -> Prepared:
+    """Check and encode the records of a stage. Args: report: where its list of bad records goes. Raises: DataError."""
     found = prepare(data_files(bundle.recipe, name), preparation(bundle, name, read), report)
     supervised, tokens = supervised_share(found.samples)
     line = f"{name}: records {found.records:,} = used {len(found.samples):,} + skipped {len(found.skipped):,}"
     say(f"{line}; {supervised:,} of {tokens:,} tokens supervised ({supervised / tokens:.1%})")
+    if cut := found.samples.cut:
+        say(f"{name}: samples cut off at data.max_length={bundle.recipe.data.max_length}: {cut:,}")
     if found.animated:
         say(f"{name}: images of several frames or pages, of which the first is shown: {found.animated:,}")
     return found

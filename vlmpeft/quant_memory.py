@@ -104,6 +104,18 @@ def planned_bytes(model: nn.Module, parts: Parts, config: QuantConfig, dtype: to
     return WeightBytes(sum(m.in_features * m.out_features for m in linears), packed, tables, rest)
 
 
+def bytes_by_parameter(model: nn.Module, parts: Parts, config: QuantConfig, dtype: torch.dtype) -> dict[int, int]:
+    """`planned_bytes` of every parameter, by its id."""
+    linears: list[Any] = []
+    if config.bits is not None:
+        linears = list(find_linears(model, parts, "language", ALL_LINEAR).values())
+    tables = CODES_4 + (CODES_8 + OFFSET if config.double else 0) if config.bits == 4 else 0
+    packed = {id(m.weight): _packed(m.out_features, m.in_features, config) + tables for m in linears}
+    wide = _wide(parts, config)
+    rest = {id(p): p.numel() * (4 if id(p) in wide else dtype.itemsize) for p in model.parameters()}
+    return rest | packed
+
+
 def _packed(rows: int, columns: int, config: QuantConfig) -> int:
     """Bytes of a quantised (rows, columns) weight with its scales."""
     weights = rows * columns

@@ -111,7 +111,7 @@ def window(prompt: Routing, start: int, length: int) -> Routing:
         return F.pad(mask, (0, new), value=filler)[:, start : start + length]
 
     answer = torch.zeros_like(prompt.visual) if prompt.answer is None else prompt.answer
-    images = (0, 1) if start >= size else None
+    images = () if start >= size else None
     return Routing(cut(prompt.visual, False), cut(prompt.text, True), cut(answer, True), images=images)
 
 

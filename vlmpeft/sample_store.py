@@ -32,6 +32,7 @@ class Sample:
     """One training sample: ids, labels and turns (see `Batch`), and its image files in order of appearance.
 
     tilings: of the images, see `Batch.tilings`; as many as images, or none.
+    cut: tokens that did not fit into data.max_length.
     """
 
     uid: str
@@ -40,10 +41,14 @@ class Sample:
     turns: Sequence[int]
     images: tuple[Path, ...]
     tilings: tuple[Tiling, ...] = ()
+    cut: int = 0
 
 
 class PackedSample(NamedTuple):
-    """A sample as it is kept. Args: ids: of its text, (t,). runs: (r, 3), see above; both int32. length: tokens."""
+    """A sample as it is kept.
+
+    Args: ids: of its text, (t,). runs: (r, 3), see above; both int32. length, cut: as tokens.
+    """
 
     uid: str
     ids: Any
@@ -51,6 +56,7 @@ class PackedSample(NamedTuple):
     images: tuple[Path, ...]
     length: int
     tilings: tuple[Tiling, ...] = ()
+    cut: int = 0
 
 
 def packed(sample: Sample) -> PackedSample:
@@ -61,7 +67,7 @@ def packed(sample: Sample) -> PackedSample:
     starts = np.concatenate(([0], changes)).astype(np.int32)
     counts = np.diff(starts, append=len(ids))
     runs = np.stack((counts, kinds[starts], turns[starts]), axis=1).astype(np.int32)
-    return PackedSample(sample.uid, ids[kinds != IMAGE], runs, sample.images, len(ids), sample.tilings)
+    return PackedSample(sample.uid, ids[kinds != IMAGE], runs, sample.images, len(ids), sample.tilings, sample.cut)
 
 
 def unpacked(text: Any, runs: Any) -> tuple[Sequence[int], Sequence[int], Sequence[int]]:
@@ -87,7 +93,7 @@ class SampleWriter:
         self.pyarrow, self.directory = pyarrow, directory
         self.numbers = numbers = pyarrow.list_(pyarrow.int32())
         columns = {"uid": pyarrow.binary(), "ids": numbers, "runs": numbers, "images": numbers}
-        counts = {"length": pyarrow.int32(), "supervised": pyarrow.int32()}
+        counts = dict.fromkeys(("length", "supervised", "cut"), pyarrow.int32())
         self.schema = pyarrow.schema([*columns.items(), *counts.items()])
         self.rows: list[tuple[Any, ...]] = []
         self.images: dict[str, int] = {}
@@ -106,7 +112,7 @@ class SampleWriter:
             self.tilings |= {str(path): t.numbers() for path, t in zip(sample.images, sample.tilings, strict=True)}
             self.fingerprint.update(repr(sample.tilings).encode())
         supervised = int(runs[runs[:, 1] == ANSWER, 0].sum())
-        self.rows.append((_bytes(sample.uid), ids, runs.ravel(), images, sample.length, supervised))
+        self.rows.append((_bytes(sample.uid), ids, runs.ravel(), images, sample.length, supervised, sample.cut))
         if len(self.rows) == ROWS:
             self._flush()
 
@@ -189,7 +195,7 @@ def is_current(directory: Path, look: bool) -> bool:
 class SampleStore(Sequence[Sample]):
     """The samples of a folder. A copy for another process is its path.
 
-    Attributes: lengths, supervised, pictures: tokens, answer tokens and images of each sample.
+    Attributes: lengths, supervised, pictures, cut: tokens, answer tokens, images and tokens cut off of each sample.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -198,7 +204,7 @@ class SampleStore(Sequence[Sample]):
         self.directory = directory
         table, self._images = _mapped(directory / SAMPLES), _mapped(directory / IMAGES)
         self._columns = [table[name] for name in ("uid", "ids", "runs", "images")]
-        self.lengths, self.supervised = table["length"].to_numpy(), table["supervised"].to_numpy()
+        self.lengths, self.supervised, self.cut = (table[k].to_numpy() for k in ("length", "supervised", "cut"))
         self.pictures = pyarrow.compute.list_value_length(table["images"]).to_numpy()
         facts = json.loads((directory / FACTS).read_text(encoding="utf-8"))
         self.fingerprint: str = facts["fingerprint"]
@@ -217,7 +223,7 @@ class SampleStore(Sequence[Sample]):
         rows = unpacked(ids.values.to_numpy(), runs.values.to_numpy().reshape(-1, 3))
         shown = images.as_py()
         tilings = tuple(tiling_of(numbers) for i in shown if (numbers := self._images["tiling"][i].as_py()))
-        return Sample(_text(uid), *rows, tuple(self._image(i) for i in shown), tilings)
+        return Sample(_text(uid), *rows, tuple(self._image(i) for i in shown), tilings, int(self.cut[index]))
 
     def _image(self, row: int) -> Path:
         return Path(_text(self._images["path"][row]))

@@ -13,37 +13,17 @@ from typing import Any
 from tqdm import tqdm
 
 from vlmpeft import fs, resume
-from vlmpeft.config import load_recipe, to_yaml
+from vlmpeft.changes import compare
+from vlmpeft.config import to_yaml
 from vlmpeft.errors import CheckpointError, ConfigError
 from vlmpeft.loop import METRICS
 from vlmpeft.manifest import MANIFEST, verify
-from vlmpeft.recipe import OVERRIDABLE, Recipe
+from vlmpeft.recipe import Recipe
 from vlmpeft.resume import Position
-from vlmpeft.schema import as_plain
 
 LOCK = "run.lock"
 RECIPE = "recipe.yaml"
 FINAL = "final"
-RUN_KEYS = (
-    "dir",
-    "device",
-    "resume",
-    "overwrite",
-    "log_every",
-    "save_every",
-    "eval_every",
-    "keep",
-    "patience",
-    "trackers",
-    "project",
-    "timeout_s",
-    "override",
-    "allow_base_mismatch",
-)
-CHECKING_KEYS = ("data.workers", "data.verify_images")
-MAY_CHANGE = ("title", "imports", "eval", "retention", *CHECKING_KEYS, *(f"run.{key}" for key in RUN_KEYS))
-AFTERWARDS = ("eval.blank", "eval.ablate")  # asked of the finished model alone
-SHOWN = 8  # changed keys in one message
 
 
 @contextlib.contextmanager
@@ -79,16 +59,38 @@ def open_directory(directory: Path, recipe: Recipe) -> None:
         fs.sweep(folder)
     if _used(directory) and recipe.run.overwrite:
         _move_away(directory)
-    if _used(directory):
-        if recipe.run.resume == "never":
-            message = f"run.dir={directory} holds a run."
-            raise ConfigError("C112", message, "set run.resume=auto, run.overwrite=true or another run.dir.")
-        if (directory / RECIPE).is_file() and (changed := compare(directory / RECIPE, recipe)):
-            tqdm.write(f"changed for what is left of the run: {'; '.join(changed)}")
+    if _used(directory) and (changed := _refuse_used(directory, recipe)):
+        tqdm.write(f"changed for what is left of the run: {'; '.join(changed)}")
     if finished(directory):
         _check_final(directory / FINAL)
     else:
         fs.write_text(directory / RECIPE, to_yaml(recipe))
+
+
+def foresee(directory: Path, recipe: Recipe) -> tuple[str, Path | None]:
+    """What a run would find in a directory, without touching it. Returns: in words; the checkpoint it would go on from.
+
+    Raises: as `locked`, `open_directory` and `find_checkpoint`.
+    """
+    there = fs.existing(directory)
+    if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
+        what = f"{there} cannot be written" if there.is_dir() else f"{there} is a file"
+        raise ConfigError("C111", f"run.dir={directory}: {what}.", "choose another run.dir.")
+    if not _used(directory) or recipe.run.overwrite:
+        return ("an earlier run there would be moved away" if _used(directory) else "empty"), None
+    _refuse_used(directory, recipe)
+    if finished(directory):
+        return f"already complete, so training would do nothing: {directory / FINAL}", None
+    found = find_checkpoint(directory, recipe)
+    return ("a run that has saved nothing yet" if found is None else f"training would go on from {found}"), found
+
+
+def _refuse_used(directory: Path, recipe: Recipe) -> list[str]:
+    """Raise for a used directory that `recipe` cannot go on in; see `open_directory`. Returns: as `compare`."""
+    if recipe.run.resume == "never":
+        message = f"run.dir={directory} holds a run."
+        raise ConfigError("C112", message, "set run.resume=auto, run.overwrite=true or another run.dir.")
+    return compare(directory / RECIPE, recipe) if (directory / RECIPE).is_file() else []
 
 
 def _used(directory: Path) -> bool:
@@ -112,56 +114,6 @@ def _check_final(final: Path) -> None:
         raise CheckpointError(
             error.code, error.message, f"delete {final} and run again: the last checkpoint makes it anew."
         ) from error
-
-
-def compare(old: Path, recipe: Recipe) -> list[str]:
-    """Refuse to go on under a recipe that trains differently.
-
-    Returns: what differs by `run.override`. Raises: CheckpointError K210 naming the keys that differ otherwise.
-    """
-    found = [d for d in _differences(_plain(load_recipe(str(old))), _plain(recipe)) if not _may_change(d[0], recipe)]
-    lines = {key: f"{key} {a!r} -> {b!r}" for key, a, b in found}
-    wrong = [line for key, line in lines.items() if not _overridden(key, recipe)]
-    if wrong:
-        more = f" and {len(wrong) - SHOWN} more" if len(wrong) > SHOWN else ""
-        message = f"{old.parent} holds a run of another recipe: {'; '.join(wrong[:SHOWN])}{more}."
-        fix = "set them back, or set run.overwrite=true or another run.dir"
-        rates = ", or go on with the new rates by run.override=[KEY]" if any(map(_is_rate, wrong)) else ""
-        raise CheckpointError("K210", message, f"{fix}{rates}.")
-    return list(lines.values())
-
-
-def _is_rate(line: str) -> bool:
-    return OVERRIDABLE.fullmatch(line.split(" ")[0]) is not None
-
-
-def _overridden(key: str, recipe: Recipe) -> bool:
-    """Whether run.override names a key, with or without its stage and `tuners`."""
-    stage, _, own = key.removeprefix("stages.").partition(".")
-    plain = own.removeprefix("tuners.")
-    names = {key, own, plain, f"stages.{stage}.{plain}"}
-    return not names.isdisjoint(recipe.run.override)
-
-
-def _plain(recipe: Recipe) -> dict[str, Any]:
-    plain: dict[str, Any] = as_plain(recipe)
-    for name, stage in recipe.stages.items():
-        plain["stages"][name]["tuners"] = {k: {"kind": t.kind, **as_plain(t)} for k, t in stage.tuners.items()}
-    return plain
-
-
-def _may_change(key: str, recipe: Recipe) -> bool:
-    if key.startswith("eval.") and key not in AFTERWARDS and recipe.run.best_by != "loss":
-        return False  # the questions choose the best checkpoint
-    return any(key == known or key.startswith(f"{known}.") for known in MAY_CHANGE)
-
-
-def _differences(old: Any, new: Any, where: str = "") -> list[tuple[str, Any, Any]]:
-    if isinstance(old, dict) and isinstance(new, dict):
-        keys = [*old, *(k for k in new if k not in old)]
-        found = [d for k in keys for d in _differences(old.get(k), new.get(k), f"{where}.{k}" if where else k)]
-        return found or ([(where, list(old), list(new))] if list(old) != list(new) and where == "stages" else [])
-    return [] if old == new else [(where, old, new)]
 
 
 def find_checkpoint(directory: Path, recipe: Recipe) -> Path | None:

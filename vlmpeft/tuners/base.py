@@ -194,7 +194,8 @@ TUNERS: Registry[Tuner] = Registry("tuner")
 def check_part(part: str, key: str) -> None:
     """Raise ConfigError C102 unless `part` is the name of one."""
     if part not in PARTS:
-        raise ConfigError("C102", f"{key}={part!r} is no part{nearest(part, PARTS)}")
+        message = f"{key}={part!r} is no part{nearest(part, PARTS)}."
+        raise ConfigError("C102", message, f"write {key}= with one of them.")
 
 
 def check(condition: bool, key: str, value: object, allowed: str) -> None:
