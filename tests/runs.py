@@ -139,6 +139,17 @@ def make_bundle(recipe: Path, *overrides: str, seed: int = 0) -> Bundle:
     return bundle
 
 
+def vary(bundle: Bundle) -> Bundle:
+    """Give an untrained model weights so large that its texts vary; in place."""
+    language = bundle.model.language
+    language.lm_head.weight = torch.nn.Parameter(torch.zeros_like(language.lm_head.weight))
+    torch.manual_seed(3)
+    for parameter in bundle.model.parameters():
+        if parameter.ndim == 2:
+            torch.nn.init.normal_(parameter, std=0.5)
+    return bundle
+
+
 def some_logits(bundle: Bundle) -> torch.Tensor:
     """Logits of a fixed prompt about a fixed picture, (1, s, vocabulary)."""
     images = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(1))

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from runs import metrics, run_train, some_logits
+from runs import metrics, run_train, some_logits, vary
 from transformers import LlavaNextImageProcessor, LlavaNextImageProcessorPil
 from transformers.image_processing_utils import get_patch_output_size, select_best_resolution
 from transformers.image_utils import ChannelDimension
@@ -200,14 +200,7 @@ def overrides(folder: Path) -> list[str]:
 
 @pytest.fixture(scope="module")
 def bundle(tiny_recipe: Path, folder: Path) -> Bundle:
-    made = vlmpeft.build(load_recipe(str(tiny_recipe), overrides(folder)))
-    language = made.model.language
-    language.lm_head.weight = torch.nn.Parameter(torch.zeros_like(language.lm_head.weight))
-    torch.manual_seed(3)
-    for parameter in made.model.parameters():
-        if parameter.ndim == 2:
-            torch.nn.init.normal_(parameter, std=0.5)  # large enough that texts vary
-    return made
+    return vary(vlmpeft.build(load_recipe(str(tiny_recipe), overrides(folder))))
 
 
 def test_a_record_has_room_for_every_view(bundle: Bundle, folder: Path) -> None:

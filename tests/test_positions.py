@@ -105,3 +105,13 @@ def test_layers_by_name() -> None:
     for wrong in ("every:0", "top", [7], []):
         with pytest.raises(ConfigError, match="layers="):
             parse_layers(wrong, 7)
+
+
+def test_images_side_by_side_are_steered_each_by_itself() -> None:
+    visual = torch.tensor([[False] + [True] * 11, [True] * 4 + [False] * 8])
+    found = positions.chosen(positions.parse("first_last:1,1"), visual, (5, 6, 4))
+    assert found[0].nonzero().flatten().tolist() == [1, 5, 6, 11]
+    assert found[1].nonzero().flatten().tolist() == [0, 3]
+    apart = positions.chosen(positions.parse("ratio:0.4"), visual, (5, 6, 4))
+    alone = [positions.chosen(positions.parse("ratio:0.4"), torch.ones(1, n, dtype=torch.bool))[0] for n in (5, 6, 4)]
+    assert torch.equal(apart[visual], torch.cat(alone))

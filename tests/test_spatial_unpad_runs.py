@@ -10,7 +10,7 @@ import pytest
 import torch
 from native import make_native, native_bundle
 from PIL import Image
-from runs import metrics, run_train, tensors
+from runs import metrics, run_train, tensors, vary
 from safetensors.torch import load_file, save_file
 from test_anyres import PICTURES, noise
 from test_anyres import folder as folder  # the pictures of four shapes and the records that show them
@@ -48,14 +48,7 @@ def overrides(folder: Path) -> list[str]:
 
 @pytest.fixture(scope="module")
 def bundle(tiny_recipe: Path, folder: Path) -> Bundle:
-    made = vlmpeft.build(load_recipe(str(tiny_recipe), overrides(folder)))
-    language = made.model.language
-    language.lm_head.weight = torch.nn.Parameter(torch.zeros_like(language.lm_head.weight))
-    torch.manual_seed(3)
-    for parameter in made.model.parameters():
-        if parameter.ndim == 2:
-            torch.nn.init.normal_(parameter, std=0.5)  # large enough that texts vary
-    return made
+    return vary(vlmpeft.build(load_recipe(str(tiny_recipe), overrides(folder))))
 
 
 def tokens_of(bundle: Bundle, path: Path) -> int:
