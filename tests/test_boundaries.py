@@ -21,7 +21,7 @@ FOLDERS = {
 LEVELS: dict[int, str] = {
     4: "adapters __main__ train generate inspect lmar scenes export merge compare doctor plan",
     3: "adapter_soup build checkpoint conversion resume preflight workspace loop run evaluation retention hf_llava "
-    "hf_peft llava_original lmar_heat lmar_samples diagnose eval eval.paths eval.pope eval.rows eval.runner "
+    "hf_peft hf_vllm llava_original lmar_heat lmar_samples diagnose eval eval.paths eval.pope eval.rows eval.runner "
     "eval.short eval.ablate eval.benchmark eval.caption eval.cider eval.compare eval.gqa eval.hallusion "
     "eval.interval eval.mme eval.mmvet eval.summary eval.vqa eval.vqa_text eval.choices eval.choices_run "
     "eval.mmmu eval.mmmu_data eval.mmmu_parse eval.scienceqa eval.mmbench eval.iconqa eval.choice figure "

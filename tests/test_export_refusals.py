@@ -23,6 +23,11 @@ from vlmpeft.hf_llava import export_hf
         (["vision=timm:test_vit", "vision.weights=random"], "hf", "the encoder timm:test_vit has no form"),
         (["vision.image_size=64"], "hf", "vision.image_size=64 of an encoder for 32 has no form"),
         (["stages.instruct.lora=null"], "peft", "a model without LoRA has no form in a peft adapter"),
+        (
+            ["stages.instruct.lora.where=text"],
+            "peft",
+            "tuner 'lora' (lora on language where=text) has no",
+        ),
         (["stages.instruct.lora.part=vision"], "peft", "tuner 'lora' (lora on vision) has no form in a peft adapter"),
     ],
 )

@@ -101,20 +101,29 @@ def read_adapter(directory: Path) -> Adapter:
     """
     folder = adapter_folder(directory)
     config = read_config(folder, "LORA", ("r", "lora_alpha"), frozenset({"rank_pattern", "alpha_pattern"}))
-    tensors = read_tensors(folder / ADAPTER_FILE)
-    layers: dict[str, Factors] = {}
-    for names in (LINEAR, EMBEDDING):
-        for key in sorted(k for k in tensors if k.endswith(f".{names[0]}")):
-            path = key.removeprefix(PEFT_PREFIX).removesuffix(f".{names[0]}")
-            b = tensors.pop(key.removesuffix(names[0]) + names[1], None)
-            layers[path] = _factors(folder, path, tensors.pop(key), b, names).scaled(_scale(config, path))
-    if tensors or not layers:
-        what = f"tensor '{min(tensors)}', which is no pair of a LoRA" if tensors else "no tensors"
-        raise ModelError("M502", f"{folder / ADAPTER_FILE} holds {what}.", "name a folder with a plain LoRA.")
+    layers = factors_of(folder, config, read_tensors(folder / ADAPTER_FILE))
     for path, factors in layers.items():
         if factors.r != _setting(config, "rank_pattern", path, config["r"]):
             raise ModelError("M502", f"{folder}: {path} has rank {factors.r}, unlike its config.", "check the folder.")
     return Adapter(layers, str(config.get("base_model_name_or_path") or ""), config.get("task_type"))
+
+
+def factors_of(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Factors]:
+    """The updates that a config and tensors of `peft` describe, by the path of their layer, in fp32.
+
+    Args: folder: where they are from, for messages.
+    Raises: ModelError M502 for tensors that are no pairs of a LoRA, M503 for NaN.
+    """
+    left, layers = dict(tensors), dict[str, Factors]()
+    for names in (LINEAR, EMBEDDING):
+        for key in sorted(k for k in tensors if k.endswith(f".{names[0]}")):
+            path = key.removeprefix(PEFT_PREFIX).removesuffix(f".{names[0]}")
+            b = left.pop(key.removesuffix(names[0]) + names[1], None)
+            layers[path] = _factors(folder, path, left.pop(key), b, names).scaled(_scale(config, path))
+    if left or not layers:
+        what = f"tensor '{min(left)}', which is no pair of a LoRA" if left else "no tensors"
+        raise ModelError("M502", f"{folder / ADAPTER_FILE} holds {what}.", "name a folder with a plain LoRA.")
+    return layers
 
 
 def _factors(folder: Path, path: str, a: Tensor, b: Tensor | None, names: tuple[str, str]) -> Factors:

@@ -113,6 +113,7 @@ def llava_config(bundle: Bundle, tower: Any, words: Vocabulary) -> Any:
     language = cast(Any, bundle.model.language)
     text = copy.deepcopy(language.config)
     text.vocab_size, text.pad_token_id = words.rows, words.tokenizer.pad_token_id
+    text.architectures = [type(language).__name__]
     kind: Any = LlavaNextConfig if is_next(bundle) else LlavaConfig
     config = kind(
         vision_config=tower.config,
