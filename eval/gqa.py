@@ -91,7 +91,8 @@ def read_questions(arguments: Mapping[str, Any]) -> list[dict[str, Any]]:
         ]
     except (KeyError, TypeError, AttributeError) as error:
         fix = "give the official GQA file, or JSON lines as .jsonl."
-        raise EvalError("V602", f"{path}: not the official layout ({error!r}).", fix) from error
+        lack = f", {error} is missing" if isinstance(error, KeyError) else ""
+        raise EvalError("V602", f"{path}: not the official layout{lack}.", fix) from error
 
 
 COMMAND = Command(__doc__ or "", read_questions, benchmark, category_table, OPTIONS)

@@ -20,6 +20,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from vlmpeft.errors import ConfigError, EvalError, nearest, run_command
@@ -31,6 +32,7 @@ from vlmpeft.eval.runner import parse_arguments
 
 QUESTION_KEYS = ("category", "subcategory", "set_id", "figure_id", "question_id", "question", "gt_answer")
 PARSERS = ("contains", "vlmevalkit")
+FOLDER = "hallusion_bench"  # of the images in the owners' archive
 OPTIONS = {"parser": "contains"}
 YES_OR_NO = re.compile("yes|no", re.IGNORECASE)
 FIGURE = ("category", "subcategory", "set_id", "figure_id")
@@ -139,10 +141,13 @@ def read_questions(arguments: Mapping[str, Any]) -> list[dict[str, Any]]:
     rows = read_document(path)
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise EvalError("V602", f"{path}: expected a list of objects.", "give the official HallusionBench.json.")
-    return [_question(row, f"{path} row {number}") for number, row in enumerate(rows, start=1)]
+    images = arguments.get("images")
+    inside = images is not None and not (Path(images) / FOLDER).is_dir()
+    return [_question(row, f"{path} row {number}", inside) for number, row in enumerate(rows, start=1)]
 
 
-def _question(row: Row, place: str) -> dict[str, Any]:
+def _question(row: Row, place: str, inside: bool) -> dict[str, Any]:
+    """A row as a question. Args: inside: whether its image is looked for below FOLDER, which all names begin with."""
     absent = next((key for key in QUESTION_KEYS if key not in row), None)
     if absent:
         raise EvalError("V602", f"{place}: no key '{absent}'{nearest(absent, row)}")
@@ -157,7 +162,7 @@ def _question(row: Row, place: str) -> dict[str, Any]:
         "label": "yes" if str(row["gt_answer"]) == "1" else "no",
         "visual_input": str(row.get("visual_input")),
         "text_only": text_only,
-        **({} if text_only else {"image": name.removeprefix("./")}),
+        **({} if text_only else {"image": name.removeprefix("./").removeprefix(FOLDER + "/" if inside else "")}),
     }
 
 

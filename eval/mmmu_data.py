@@ -118,6 +118,8 @@ def parquet_files(data: str, split: str) -> list[Path]:
     path, name = Path(data), SPLITS.get(split, split)
     if path.is_file():
         return [path]
+    if not path.is_dir():
+        raise ConfigError("C102", f"data={data}: no such file or folder.", "name a parquet file or a folder of such.")
     everything = sorted(path.rglob("*.parquet"))
     files = [file for file in everything if file.name.partition("-")[0].removesuffix(".parquet") == name]
     if not files:

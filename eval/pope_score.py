@@ -133,7 +133,8 @@ def label_of(question: Row) -> str:
     """yes or no. Raises: EvalError V602 for another label."""
     if question.get("label") not in ("yes", "no"):
         place = f"question {question.get('question_id')}"
-        raise EvalError("V602", f"{place}: label must be 'yes' or 'no', got {question.get('label')!r}.")
+        message = f"{place}: label must be 'yes' or 'no', got {question.get('label')!r}."
+        raise EvalError("V602", message, "write yes or no, in lower case.")
     return str(question["label"])
 
 

@@ -89,6 +89,13 @@ def test_questions_carry_what_the_file_says(questions: Rows) -> None:
     assert "image" not in questions[4]
 
 
+def test_images_are_found_above_and_below_the_folder_that_their_names_begin_with(tmp_path: Path) -> None:
+    file, images = official(tmp_path), touch(tmp_path / "images", "hallusion_bench/VD/chart/0_1.png")
+    found = [hallusion.read_questions({"questions": str(file), "images": str(folder)})[3]["image"]
+             for folder in (images, images / "hallusion_bench")]  # fmt: skip
+    assert found == ["hallusion_bench/VD/chart/0_1.png", "VD/chart/0_1.png"]
+
+
 def test_right_answers_score_one_everywhere(questions: Rows) -> None:
     metrics = hallusion.score(questions, said(questions))
     assert shares(metrics) == [1.0] * 5

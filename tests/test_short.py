@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from vlmpeft.decode import Answer
 from vlmpeft.errors import EvalError, run_command
@@ -128,7 +129,7 @@ def test_command_writes_answers_and_metrics_and_prints_a_table(
     import vlmpeft
 
     monkeypatch.setattr(vlmpeft, "load", lambda directory, device: FakeBundle(), raising=False)
-    (tmp_path / "a.png").write_bytes(b"never opened here")
+    Image.new("RGB", (1, 1)).save(tmp_path / "a.png")
     write_rows(tmp_path / "q.jsonl", QUESTIONS)
     arguments = ["model=M", f"questions={tmp_path / 'q.jsonl'}", f"images={tmp_path}", f"out={tmp_path / 'out'}"]
     assert run_command(short.main, arguments) == 0
