@@ -40,7 +40,8 @@ def score(questions: Sequence[Row], answers: Sequence[Row], *, parser: str = "of
     """Join by id and score.
 
     Returns:
-        accuracy, accuracy_ci95, n, empty and, with categories, `categories`.
+        accuracy, accuracy_ci95, n, empty, unparsable (the empty ones), by_chance (always 0) and, with categories,
+        `categories`.
 
     Raises:
         EvalError: V601 for missing, extra or repeated ids, V602 for a label or text of a wrong kind.

@@ -12,7 +12,7 @@ answers: JSON lines with question_id and text.
 judgements: JSON lines with question_id and correctness: 1 (correct), 0 (incorrect) or 2 (unclear), as the official
 GPT-4 judge gives them.
 parser: contains (yes if the text contains it, else no: lmms-eval's offline rule) or vlmevalkit (the word yes
-or no, not both; else wrong; questions with an image alone, groups without the category).
+or no, not both; else wrong; questions with an image alone, groups without the category) or strict (the word alone).
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from typing import Any
 from vlmpeft.errors import ConfigError, EvalError, nearest, run_command
 from vlmpeft.eval.benchmark import Benchmark, Command, Pair, accuracy
 from vlmpeft.eval.method import YES_NO
-from vlmpeft.eval.pope_parse import parse_vlmevalkit
+from vlmpeft.eval.pope_parse import parser_of
 from vlmpeft.eval.rows import Row, join, read_document, read_rows
 from vlmpeft.eval.runner import parse_arguments
 
 QUESTION_KEYS = ("category", "subcategory", "set_id", "figure_id", "question_id", "question", "gt_answer")
-PARSERS = ("contains", "vlmevalkit")
+PARSERS = ("contains", "vlmevalkit", "strict")
 FOLDER = "hallusion_bench"  # of the images in the owners' archive
 OPTIONS = {"parser": "contains"}
 YES_OR_NO = re.compile("yes|no", re.IGNORECASE)
@@ -40,10 +40,10 @@ QUESTION = ("category", "subcategory", "set_id", "number")
 
 
 def parse_answer(text: str, parser: str = "contains") -> str:
-    """yes, no or, by vlmevalkit alone, unknown."""
+    """yes, no or, but by contains, unknown."""
     if parser == "contains":
         return "yes" if "yes" in text.lower() else "no"
-    return parse_vlmevalkit(text) or "unknown"
+    return parser_of(parser)(text) or "unknown"
 
 
 def score(questions: Sequence[Row], answers: Sequence[Row], *, parser: str = "contains") -> dict[str, Any]:
@@ -52,7 +52,7 @@ def score(questions: Sequence[Row], answers: Sequence[Row], *, parser: str = "co
     Returns:
         aAcc, qAcc, fAcc (shares of answers, questions in all their forms, and figures that are all right), their mean,
         aAcc_ci95, n, questions, figures, easy and hard (qAcc of unedited and of edited figures), unparsable (texts
-        without yes and no; by vlmevalkit also those with both), by_chance (always 0).
+        without yes and no; by the others all that is not read), by_chance (always 0).
 
     Raises:
         EvalError: V601 for missing, extra or repeated ids.
@@ -80,11 +80,12 @@ def benchmark(options: Mapping[str, Any]) -> Benchmark:
         return {"label": question["label"], "parsed": parsed, "score": float(parsed == question["label"])}
 
     def total(pairs: Sequence[Pair]) -> dict[str, Any]:
-        kept = [pair for pair in pairs if parser == "contains" or not pair[0]["text_only"]]
+        theirs = parser == "vlmevalkit"
+        kept = [pair for pair in pairs if not (theirs and pair[0]["text_only"])]
         right = [judge(question, text)["score"] == 1 for question, text in kept]
         unread = sum(parse_answer(text, parser) == "unknown" or not YES_OR_NO.search(text) for _, text in kept)
         counts = {"unparsable": unread, "by_chance": 0}
-        return {**_totals([question for question, _ in kept], right, official=parser == "contains"), **counts}
+        return {**_totals([question for question, _ in kept], right, official=not theirs), **counts}
 
     return Benchmark({"benchmark": "hallusion", "parser": parser}, judge, total, candidates=YES_NO)
 

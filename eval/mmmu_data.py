@@ -77,11 +77,18 @@ def _text(question: str, options: dict[str, str], prompt: str) -> str:
 
 
 def _placed(text: str, row: Row, mode: str) -> tuple[str, tuple[Path | bytes, ...]]:
-    """The prompt with a mark for each image, and the images: `first` takes image_1 and leaves the text as it is."""
+    """The prompt with a mark for each image, and the images.
+
+    `first` takes image_1 and leaves the text as it is; `lmms-eval` does so with each image that is named, in the order
+    of their numbers (mmmu_doc_to_visual).
+    """
     text = literal(text)
     if mode == "first":
         first = _image(row.get("image_1"))
         return text, () if first is None else (first,)
+    if mode == "lmms-eval":
+        named = [_image(row.get(f"image_{number}")) for number in sorted(set(PLACE.findall(text)))]
+        return text, tuple(image for image in named if image is not None)
     images: list[Path | bytes] = []
 
     def mark(place: re.Match[str]) -> str:

@@ -58,7 +58,8 @@ def score(questions: Sequence[Row], answers: Sequence[Row], *, normaliser: str =
         answers: question_id and text (or answer) each.
 
     Returns:
-        accuracy, accuracy_ci95, n, empty and, with categories, `categories`.
+        accuracy, accuracy_ci95, n, empty, unparsable (the empty ones), by_chance (always 0) and, with categories,
+        `categories`.
 
     Raises:
         EvalError: V601 for missing, extra or repeated ids, V602 for answers that are no list of texts.

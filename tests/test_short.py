@@ -91,13 +91,15 @@ def test_order_of_answers_does_not_change_the_score() -> None:
 def test_empty_answer_is_wrong_and_counted() -> None:
     blank = [{**a, "text": " "} for a in ANSWERS]
     metrics = short.score(QUESTIONS, blank)
-    assert metrics["empty"] == 6
+    assert (metrics["empty"], metrics["unparsable"]) == (6, 6)
+    junk = short.score(QUESTIONS, [{**a, "text": "banana"} for a in ANSWERS])
+    assert (junk["empty"], junk["unparsable"]) == (0, 2)  # the two questions of yes and no
     assert metrics["categories"]["name"]["correct"] == 0
 
 
 def test_no_questions_give_accuracy_zero() -> None:
     nothing = {"accuracy": 0.0, "accuracy_ci95": [0.0, 0.0], "correct": 0, "n": 0}
-    assert short.score([], []) == {**nothing, "empty": 0, "categories": {}}
+    assert short.score([], []) == {**nothing, "empty": 0, "unparsable": 0, "by_chance": 0, "categories": {}}
 
 
 def test_missing_repeated_and_extra_answers_are_refused() -> None:
