@@ -151,7 +151,8 @@ def _question(row: Row, place: str, inside: bool) -> dict[str, Any]:
     """A row as a question. Args: inside: whether its image is looked for below FOLDER, which all names begin with."""
     absent = next((key for key in QUESTION_KEYS if key not in row), None)
     if absent:
-        raise EvalError("V602", f"{place}: no key '{absent}'{nearest(absent, row)}")
+        fix = "give the official HallusionBench.json."
+        raise EvalError("V602", f"{place}: no key '{absent}'{nearest(absent, row)}.", fix)
     if str(row["gt_answer"]) not in ("0", "1"):
         raise EvalError("V602", f"{place}: gt_answer must be 0 or 1, got {row['gt_answer']!r}.")
     fields = {key: str(row[key]) for key in FIGURE} | {"number": str(row["question_id"])}

@@ -30,6 +30,8 @@ def clean(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_rows(folder / "title.jsonl", [{**QUESTIONS[0], "label": "Yes"}])
     write_rows(folder / "one_image.jsonl", [{**QUESTIONS[0], "image": "aa.png"}, *QUESTIONS[1:]])
     write_rows(folder / "c.jsonl", [CHOICE])
+    (folder / "other").mkdir()
+    write_rows(folder / "other" / "answers.jsonl", SAID[:1])
     (folder / "list.json").write_text(json.dumps(SAID))
     (folder / "empty.jsonl").write_text("")
     (folder / "bytes.tsv").write_bytes(b"\xff\xfe\x00index")
@@ -83,6 +85,10 @@ MISTAKES = {  # what is typed: exit status, what the line says
         *(8, "[V602] the answer 5 has no text, but None (its keys: question_id, reply). Fix: give `text` or `answer`."),
     ),
     GIVEN.replace("said.jsonl", "q.jsonl"): (8, "[V601] the answers are the questions themselves. Fix: give the file"),
+    GIVEN + " compare=other": (
+        8,
+        "[V601] other/answers.jsonl: 4 questions and 1 answers do not match: 3 missing answers",
+    ),
     GIVEN + " out=out": (2, "[C101] out is given beside answers: they are scored as they are, and the figures printed"),
     "eval.choice data=c.jsonl answers=c.jsonl": (8, "row 1 of the answers has options: these are the questions. Fix:"),
     # files of other benchmarks

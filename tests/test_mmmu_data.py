@@ -121,5 +121,13 @@ def test_damaged_file_and_other_columns_are_refused(tmp_path: Path) -> None:
     with pytest.raises(EvalError, match=r"V602.*cannot be read"):
         items(tmp_path)
     parquet.write_table(pa.table({"id": ["a"]}), tmp_path / "validation-0.parquet")
-    with pytest.raises(EvalError, match=r"has no column question, options, answer, question_type"):
+    with pytest.raises(EvalError, match=r"has no column question, options, answer, question_type, image_1"):
+        items(tmp_path)
+
+
+def test_pictures_are_needed_to_ask_and_not_to_score(tmp_path: Path) -> None:
+    columns = {key: [value] for key, value in row("Art_1").items() if not key.startswith("image_")}
+    parquet.write_table(pa.table(columns), tmp_path / "validation-0.parquet")
+    assert list(items(tmp_path, images=False)) == ["Art_1"]
+    with pytest.raises(EvalError, match=r"V602.*has no column image_1.*give MMMU's parquet files"):
         items(tmp_path)
