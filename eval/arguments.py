@@ -10,6 +10,7 @@ from typing import Any
 from vlmpeft.errors import ConfigError, nearest
 
 SOURCES = ("questions", "data")  # what the questions of a benchmark are named by
+ASKING = ("out", "images", "ablate", "batch_size", "max_new_tokens", "device", "overwrite", "suffix", "method", "wrong")
 
 
 def parse_arguments(
@@ -30,7 +31,9 @@ def parse_arguments(
     for argument in argv:
         key, equals, value = argument.partition("=")
         if not equals or key.startswith("-"):
-            example = f"write for example {required[0]}=PATH."
+            name = key.lstrip("-")
+            known = name in defaults or name in required
+            example = f"write {name}=VALUE." if known else f"write for example {required[0]}=PATH."
             raise ConfigError("C102", f"expected key=value, got '{argument}'.", example)
         if key not in defaults and key not in required:
             raise _unknown(key, [*required, *defaults])
@@ -47,6 +50,9 @@ def _unknown(key: str, known: Sequence[str]) -> ConfigError:
     """The error for a key that another benchmark, or the other way to call this one, has."""
     if key == "model" and "answers" in known:
         return ConfigError("C101", "model is given beside answers.", "keep one: given answers are scored as they are.")
+    if key in ASKING and "answers" in known and "model" not in known:
+        message = f"{key} is given beside answers: they are scored as they are, and the figures printed."
+        return ConfigError("C101", message, f"leave {key} out, or ask a model with model=DIR.")
     if key in SOURCES and (own := next((name for name in known if name in SOURCES), None)):
         return ConfigError("C101", f"no key '{key}' here.", f"the questions of this benchmark are named by {own}=PATH.")
     return ConfigError("C101", f"no key '{key}'{nearest(key, known)}")

@@ -145,7 +145,8 @@ def by_category(pairs: Sequence[Pair], points: Callable[[Row, str], float]) -> d
     for (question, _), score in zip(pairs, scores, strict=True):
         if "category" in question:
             groups.setdefault(str(question["category"]), []).append(score)
-    metrics = {**accuracy(scores), "empty": sum(not text.strip() for _, text in pairs)}
+    empty = sum(not text.strip() for _, text in pairs)
+    metrics = {**accuracy(scores), "empty": empty, "unparsable": empty, "by_chance": 0}
     return metrics | ({"categories": {name: accuracy(groups[name]) for name in sorted(groups)}} if groups else {})
 
 

@@ -25,6 +25,7 @@ from vlmpeft.eval.interval import interval
 from vlmpeft.eval.rows import Row, read_rows
 
 QUESTION_KEYS = ("question_id", "image", "text")
+HOW = "give one caption or more as `references`."
 MEASURES = ("bleu_1", "bleu_2", "bleu_3", "bleu_4", "rouge_l", "cider_d")
 
 
@@ -85,7 +86,7 @@ def _references(question: Row) -> list[str]:
     found = question.get("references")
     if not isinstance(found, list) or not found or not all(isinstance(text, str) and text.strip() for text in found):
         place = f"question {question.get('question_id')}"
-        raise EvalError("V602", f"{place}: references must be a list of texts, got {found!r:.80}.")
+        raise EvalError("V602", f"{place}: references must be a list of texts, got {found!r:.80}.", HOW)
     return found
 
 

@@ -160,6 +160,9 @@ def answer_rows(predictions: Predictions) -> list[dict[str, Any]]:
         predictions = [{"question_id": key, "text": text} for key, text in predictions.items()]
     rows = []
     for number, row in enumerate(predictions, start=1):
+        if "options" in row:
+            message = f"row {number} of the answers has options: these are the questions."
+            raise EvalError("V601", message, "give the file that a model answered.")
         keys = [key for key in ("question_id", "id") if key in row]
         text = next((row[key] for key in ("text", "response", "answer") if key in row), None)
         if not isinstance(text, str):

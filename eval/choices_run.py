@@ -25,6 +25,7 @@ from vlmpeft.eval.choices_ask import check_candidates, evaluate, facts, wrong_of
 from vlmpeft.eval.compare import compare_files, texts_of
 from vlmpeft.eval.identity import digest
 from vlmpeft.eval.method import check_method
+from vlmpeft.eval.paths import check_pictures
 from vlmpeft.eval.rows import read_rows
 from vlmpeft.eval.runner import Answerer, parse_arguments, table
 from vlmpeft.eval.session import Evaluation, carry_out
@@ -91,6 +92,7 @@ def _run_model(argv: Sequence[str], benchmark: ChoiceBenchmark) -> None:
     check_candidates(arguments["candidates"])
     judge, items = benchmark.judge(arguments["parser"]), benchmark.read(arguments, True)
     refuse_repeated(items)
+    check_pictures(image for item in items for image in item.images if isinstance(image, Path))
     if arguments["compare"]:
         texts_of(arguments["compare"], keyed(items))
     asking = {key: arguments[key] for key in ("batch_size", "max_new_tokens", "ablate", "method", "candidates")}

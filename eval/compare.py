@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from vlmpeft.errors import EvalError
 from vlmpeft.eval.rows import Row, answer_text, join, read_rows
 
 
@@ -28,7 +29,13 @@ def texts_of(folder: str | Path, questions: Sequence[Row]) -> list[str]:
 
     Raises: ConfigError C102 without answers.jsonl; EvalError V601 if it answers other questions.
     """
-    return [answer_text(answer) for _, answer in join(questions, read_rows(Path(folder) / "answers.jsonl"))]
+    path = Path(folder) / "answers.jsonl"
+    given = read_rows(path)
+    try:
+        return [answer_text(answer) for _, answer in join(questions, given)]
+    except EvalError as error:
+        fix = "compare with a run on the same questions."
+        raise EvalError(error.code, f"{path}: {error.message}", fix) from error
 
 
 def compare_files(

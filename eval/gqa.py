@@ -40,7 +40,8 @@ def score(questions: Sequence[Row], answers: Sequence[Row], *, parser: str = "of
     """Join by id and score.
 
     Returns:
-        accuracy, accuracy_ci95, n, empty and, with categories, `categories`.
+        accuracy, accuracy_ci95, n, empty, unparsable (the empty ones), by_chance (always 0) and, with categories,
+        `categories`.
 
     Raises:
         EvalError: V601 for missing, extra or repeated ids, V602 for a label or text of a wrong kind.
@@ -91,7 +92,8 @@ def read_questions(arguments: Mapping[str, Any]) -> list[dict[str, Any]]:
         ]
     except (KeyError, TypeError, AttributeError) as error:
         fix = "give the official GQA file, or JSON lines as .jsonl."
-        raise EvalError("V602", f"{path}: not the official layout ({error!r}).", fix) from error
+        lack = f", {error} is missing" if isinstance(error, KeyError) else ""
+        raise EvalError("V602", f"{path}: not the official layout{lack}.", fix) from error
 
 
 COMMAND = Command(__doc__ or "", read_questions, benchmark, category_table, OPTIONS)

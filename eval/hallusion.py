@@ -12,7 +12,7 @@ answers: JSON lines with question_id and text.
 judgements: JSON lines with question_id and correctness: 1 (correct), 0 (incorrect) or 2 (unclear), as the official
 GPT-4 judge gives them.
 parser: contains (yes if the text contains it, else no: lmms-eval's offline rule) or vlmevalkit (the word yes
-or no, not both; else wrong; questions with an image alone, groups without the category).
+or no, not both; else wrong; questions with an image alone, groups without the category) or strict (the word alone).
 """
 
 from __future__ import annotations
@@ -20,17 +20,19 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from vlmpeft.errors import ConfigError, EvalError, nearest, run_command
 from vlmpeft.eval.benchmark import Benchmark, Command, Pair, accuracy
 from vlmpeft.eval.method import YES_NO
-from vlmpeft.eval.pope_parse import parse_vlmevalkit
+from vlmpeft.eval.pope_parse import parser_of
 from vlmpeft.eval.rows import Row, join, read_document, read_rows
 from vlmpeft.eval.runner import parse_arguments
 
 QUESTION_KEYS = ("category", "subcategory", "set_id", "figure_id", "question_id", "question", "gt_answer")
-PARSERS = ("contains", "vlmevalkit")
+PARSERS = ("contains", "vlmevalkit", "strict")
+FOLDER = "hallusion_bench"  # of the images in the owners' archive
 OPTIONS = {"parser": "contains"}
 YES_OR_NO = re.compile("yes|no", re.IGNORECASE)
 FIGURE = ("category", "subcategory", "set_id", "figure_id")
@@ -38,10 +40,10 @@ QUESTION = ("category", "subcategory", "set_id", "number")
 
 
 def parse_answer(text: str, parser: str = "contains") -> str:
-    """yes, no or, by vlmevalkit alone, unknown."""
+    """yes, no or, but by contains, unknown."""
     if parser == "contains":
         return "yes" if "yes" in text.lower() else "no"
-    return parse_vlmevalkit(text) or "unknown"
+    return parser_of(parser)(text) or "unknown"
 
 
 def score(questions: Sequence[Row], answers: Sequence[Row], *, parser: str = "contains") -> dict[str, Any]:
@@ -50,7 +52,7 @@ def score(questions: Sequence[Row], answers: Sequence[Row], *, parser: str = "co
     Returns:
         aAcc, qAcc, fAcc (shares of answers, questions in all their forms, and figures that are all right), their mean,
         aAcc_ci95, n, questions, figures, easy and hard (qAcc of unedited and of edited figures), unparsable (texts
-        without yes and no; by vlmevalkit also those with both), by_chance (always 0).
+        without yes and no; by the others all that is not read), by_chance (always 0).
 
     Raises:
         EvalError: V601 for missing, extra or repeated ids.
@@ -78,11 +80,12 @@ def benchmark(options: Mapping[str, Any]) -> Benchmark:
         return {"label": question["label"], "parsed": parsed, "score": float(parsed == question["label"])}
 
     def total(pairs: Sequence[Pair]) -> dict[str, Any]:
-        kept = [pair for pair in pairs if parser == "contains" or not pair[0]["text_only"]]
+        theirs = parser == "vlmevalkit"
+        kept = [pair for pair in pairs if not (theirs and pair[0]["text_only"])]
         right = [judge(question, text)["score"] == 1 for question, text in kept]
         unread = sum(parse_answer(text, parser) == "unknown" or not YES_OR_NO.search(text) for _, text in kept)
         counts = {"unparsable": unread, "by_chance": 0}
-        return {**_totals([question for question, _ in kept], right, official=parser == "contains"), **counts}
+        return {**_totals([question for question, _ in kept], right, official=not theirs), **counts}
 
     return Benchmark({"benchmark": "hallusion", "parser": parser}, judge, total, candidates=YES_NO)
 
@@ -139,13 +142,17 @@ def read_questions(arguments: Mapping[str, Any]) -> list[dict[str, Any]]:
     rows = read_document(path)
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise EvalError("V602", f"{path}: expected a list of objects.", "give the official HallusionBench.json.")
-    return [_question(row, f"{path} row {number}") for number, row in enumerate(rows, start=1)]
+    images = arguments.get("images")
+    inside = images is not None and not (Path(images) / FOLDER).is_dir()
+    return [_question(row, f"{path} row {number}", inside) for number, row in enumerate(rows, start=1)]
 
 
-def _question(row: Row, place: str) -> dict[str, Any]:
+def _question(row: Row, place: str, inside: bool) -> dict[str, Any]:
+    """A row as a question. Args: inside: whether its image is looked for below FOLDER, which all names begin with."""
     absent = next((key for key in QUESTION_KEYS if key not in row), None)
     if absent:
-        raise EvalError("V602", f"{place}: no key '{absent}'{nearest(absent, row)}")
+        fix = "give the official HallusionBench.json."
+        raise EvalError("V602", f"{place}: no key '{absent}'{nearest(absent, row)}.", fix)
     if str(row["gt_answer"]) not in ("0", "1"):
         raise EvalError("V602", f"{place}: gt_answer must be 0 or 1, got {row['gt_answer']!r}.")
     fields = {key: str(row[key]) for key in FIGURE} | {"number": str(row["question_id"])}
@@ -157,7 +164,7 @@ def _question(row: Row, place: str) -> dict[str, Any]:
         "label": "yes" if str(row["gt_answer"]) == "1" else "no",
         "visual_input": str(row.get("visual_input")),
         "text_only": text_only,
-        **({} if text_only else {"image": name.removeprefix("./")}),
+        **({} if text_only else {"image": name.removeprefix("./").removeprefix(FOLDER + "/" if inside else "")}),
     }
 
 

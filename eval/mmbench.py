@@ -18,7 +18,6 @@ import binascii
 import csv
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from vlmpeft.errors import ConfigError, EvalError, run_command
@@ -36,6 +35,7 @@ from vlmpeft.eval.choices import (
     tally,
 )
 from vlmpeft.eval.choices_run import ChoiceBenchmark, command
+from vlmpeft.eval.rows import require_file
 
 ROUND = 1_000_000  # VLMEvalKit: rows whose index is equal modulo this are rotations of one question
 ABSENT = ("", "nan", "none")  # of an option or a hint, in any case; llava/eval/model_vqa_mmbench.py
@@ -45,14 +45,14 @@ REFERENCE = 64  # characters: a shorter `image` is the index of the row that hol
 
 def read_table(path: str) -> list[dict[str, str]]:
     """Rows of a TSV below its header. Raises: ConfigError C102 if there is no such file, EvalError V602."""
-    if not Path(path).is_file():
-        raise ConfigError("C102", f"no file '{path}'.", "data= is MMBench's TSV file.")
+    require_file(path)
     limit = csv.field_size_limit(LONGEST_CELL)  # an image is one cell
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
             rows = list(csv.DictReader(file, delimiter="\t", restval=""))
     except (csv.Error, UnicodeDecodeError) as error:
-        raise EvalError("V602", f"{path}: {error}.", "download it again.") from error
+        reason = "no text in UTF-8" if isinstance(error, UnicodeDecodeError) else error
+        raise EvalError("V602", f"{path}: {reason}.", "give MMBench's TSV file.") from error
     finally:
         csv.field_size_limit(limit)
     missing = [name for name in ("index", "question", "A", "B") if not rows or name not in rows[0]]

@@ -8,7 +8,8 @@ Score given answers, without a model:
 questions: a folder of TASK.txt as in the official eval_tool.zip (tab-separated image, question, answer and, in answers,
 prediction), whose images are TASK/IMAGE or TASK/images/IMAGE; or JSON lines with question_id, image, text, label (yes
 or no) and category (the task). answers: a folder of the same kind, or JSON lines with question_id and text.
-parser: official reads the first four characters; lmms-eval first strips and takes a lone y or n.
+parser: official reads the first four characters; lmms-eval first strips and takes a lone y or n; vlmevalkit wants the
+word yes or no, not both; strict the word alone.
 " Please answer yes or no." is taken off the questions, as LLaVA and lmms-eval do, since the suffix says it.
 """
 
@@ -21,6 +22,7 @@ from typing import Any
 from vlmpeft.errors import ConfigError, EvalError, nearest, run_command
 from vlmpeft.eval.benchmark import Benchmark, Command, Pair, accuracy
 from vlmpeft.eval.method import YES_NO
+from vlmpeft.eval.pope_parse import parser_of
 from vlmpeft.eval.rows import Row, read_rows
 
 PERCEPTION = (
@@ -30,16 +32,18 @@ PERCEPTION = (
 COGNITION = ("commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning")
 TASKS = (*PERCEPTION, *COGNITION)
 QUESTION_KEYS = ("question_id", "image", "text", "label", "category")
-PARSERS = ("official", "lmms-eval")
+PARSERS = ("official", "lmms-eval", "vlmevalkit", "strict")
 OPTIONS = {"parser": "official"}
 ASKED = " Please answer yes or no."
 
 
 def parse_answer(text: str, parser: str = "official") -> str:
-    """yes, no or other: the text itself, or the first of yes and no within its first four characters, lower-cased.
+    """yes, no or other: the first of yes and no within the first four characters, lower-cased, unless by `pope_parse`.
 
     Source: MME eval_tool calculation.py; lmms-eval 75571cfe tasks/mme/utils.py. `know` and `snow` are no.
     """
+    if parser in ("vlmevalkit", "strict"):
+        return parser_of(parser)(text) or "other"
     head = text.lower()
     if parser == "lmms-eval":
         head = head.strip().replace(".", "")

@@ -7,10 +7,12 @@ Score given answers, without a model:
 
 data: MMMU's parquet files, one or all of a split below a folder (split=validation|dev|test).
 answers: JSON lines with id and text, or one JSON object {id: text}.
-mode: first shows image_1 in front, as the official runs of LLaVA do; interleave puts each image where it is named.
+mode: first shows image_1 in front, as the official runs of LLaVA do; interleave puts each image where it is named;
+lmms-eval shows each named image once, in front.
 prompt: official or lmms-eval.
-parser: official; lmms-eval; vlmevalkit (without its judge model); strict (the letter alone; of an open question the
-text alone). The last two decide nothing by chance.
+parser: official; eval-only (main_eval_only.py: a letter that was parsed before, open questions as official); lmms-eval;
+vlmevalkit (without its judge model); strict (the letter alone; of an open question the text alone). official and
+lmms-eval decide by chance what they cannot read, the others nothing.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from vlmpeft.errors import ConfigError, run_command
 from vlmpeft.eval.choices import (
     Item,
     Judge,
+    Options,
     Parser,
     Predictions,
     Verdict,
@@ -44,7 +47,7 @@ from vlmpeft.eval.rows import Row
 
 __all__ = ["BENCHMARK", "DOMAINS", "is_correct_open", "item_of", "main", "parse_multi_choice", "parse_open"]
 __all__ += ["read_items", "score", "subject_of"]
-MODES = ("first", "interleave")
+MODES = ("first", "interleave", "lmms-eval")
 PROMPTS = ("official", "lmms-eval")
 
 
@@ -76,8 +79,14 @@ def judge_by_type(parser: Parser, chance: bool, open_judge: Judge) -> Judge:
     return lambda item, text: (choose if item.options else open_judge)(item, text)
 
 
+def parse_letter(text: str, options: Options) -> str | None:
+    """The letter as it is: nothing is parsed. Source: MMMU main_eval_only.py, which compares it for equality."""
+    return text if text in options else None
+
+
 JUDGES: dict[str, Judge] = {
     "official": judge_by_type(parse_multi_choice, True, judge_open),
+    "eval-only": judge_by_type(parse_letter, False, judge_open),
     "lmms-eval": judge_by_type(parse_multi_choice_lmms_eval, True, judge_open),
     "vlmevalkit": judge_by_type(parse_vlmevalkit, False, judge_open_vlmevalkit),
     "strict": judge_by_type(parse_strict, False, judge_open_strict),

@@ -77,11 +77,18 @@ def _text(question: str, options: dict[str, str], prompt: str) -> str:
 
 
 def _placed(text: str, row: Row, mode: str) -> tuple[str, tuple[Path | bytes, ...]]:
-    """The prompt with a mark for each image, and the images: `first` takes image_1 and leaves the text as it is."""
+    """The prompt with a mark for each image, and the images.
+
+    `first` takes image_1 and leaves the text as it is; `lmms-eval` does so with each image that is named, in the order
+    of their numbers (mmmu_doc_to_visual).
+    """
     text = literal(text)
     if mode == "first":
         first = _image(row.get("image_1"))
         return text, () if first is None else (first,)
+    if mode == "lmms-eval":
+        named = [_image(row.get(f"image_{number}")) for number in sorted(set(PLACE.findall(text)))]
+        return text, tuple(image for image in named if image is not None)
     images: list[Path | bytes] = []
 
     def mark(place: re.Match[str]) -> str:
@@ -118,6 +125,8 @@ def parquet_files(data: str, split: str) -> list[Path]:
     path, name = Path(data), SPLITS.get(split, split)
     if path.is_file():
         return [path]
+    if not path.is_dir():
+        raise ConfigError("C102", f"data={data}: no such file or folder.", "name a parquet file or a folder of such.")
     everything = sorted(path.rglob("*.parquet"))
     files = [file for file in everything if file.name.partition("-")[0].removesuffix(".parquet") == name]
     if not files:
@@ -134,7 +143,8 @@ def _rows(file: Path, wanted: Sequence[str]) -> Iterator[dict[str, Any]]:
     try:
         with parquet.ParquetFile(file) as source:
             names = source.schema_arrow.names
-            missing = [name for name in COLUMNS if name not in names]
+            needed = COLUMNS if "image_1" not in wanted else (*COLUMNS, "image_1")
+            missing = [name for name in needed if name not in names]
             if missing:
                 raise EvalError("V602", f"{file} has no column {', '.join(missing)}.", "give MMMU's parquet files.")
             for batch in source.iter_batches(64, columns=[name for name in wanted if name in names]):

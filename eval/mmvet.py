@@ -131,7 +131,8 @@ def read_questions(path: str) -> list[dict[str, Any]]:
             for number, q in objects.items()
         ]
     except (KeyError, TypeError, AttributeError) as error:
-        raise EvalError("V602", f"{path}: not the official layout ({error!r}).", "give mm-vet.json.") from error
+        lack = f", {error} is missing" if isinstance(error, KeyError) else ""
+        raise EvalError("V602", f"{path}: not the official layout{lack}.", "give mm-vet.json.") from error
 
 
 def _read_grades(path: str) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from vlmpeft.errors import ConfigError, DataError, EvalError
@@ -43,5 +43,25 @@ def resolve_images(questions: Sequence[Row], images: str | Path) -> list[Path]:
                 missing.append(name)
     if missing:
         more = f" ({len(missing)} images are missing)" if len(missing) > 1 else ""
-        raise DataError("D103", f"no image '{missing[0]}' in {images}{folder.hint(paths[missing[0]])}{more}.")
+        message = f"no image '{missing[0]}' in {images}{folder.hint(paths[missing[0]])}{more}"
+        fix = _other_folder(images, missing[0]) if len(missing) == len(paths) else "put it there, or mend its name."
+        raise DataError("D103", message + ("" if message.endswith("?") else "."), fix)
     return [paths[question["image"]] for question in questions]
+
+
+def _other_folder(images: str | Path, name: str) -> str:
+    """The remedy where no image was found: the folder inside `images` that holds the first of them, if there is one."""
+    inside = [entry.name for entry in os.scandir(images) if name and "\0" not in name and _holds(entry, name)]
+    return f"did you mean {os.path.join(images, min(inside))}?" if inside else "name the folder that holds the images."
+
+
+def _holds(entry: os.DirEntry[str], name: str) -> bool:
+    return entry.is_dir() and os.path.isfile(os.path.join(entry.path, name))
+
+
+def check_pictures(paths: Iterable[Path]) -> None:
+    """Read the headers of image files, each once. Raises: DataError D104, D105, D106 as `images.check_header`."""
+    from vlmpeft.images import check_header
+
+    for path in dict.fromkeys(paths):
+        check_header(path)

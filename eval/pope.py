@@ -11,6 +11,7 @@ parser: official (the original's: junk is yes), lmms-eval, vlmevalkit, or strict
 
 questions: JSON lines with question_id, image, text, label (yes or no). Several files are several settings (random,
 popular, adversarial); their ids repeat, so an answer is keyed by setting (the file's name without its ending) and id.
+One file may hold all settings, each row's as `category`, several with commas between: it then counts in each.
 answers: JSON lines with question_id (and setting) and text.
 """
 
@@ -22,10 +23,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from vlmpeft.errors import ConfigError, run_command
+from vlmpeft.errors import run_command
 from vlmpeft.eval.compare import compare_files
 from vlmpeft.eval.method import YES_NO
 from vlmpeft.eval.pope_parse import PARSERS, is_unparsable, parse_answer, parser_of
+from vlmpeft.eval.pope_questions import read_questions
 from vlmpeft.eval.pope_score import auc, is_correct, label_of, score, score_settings
 from vlmpeft.eval.rows import Row, read_rows
 from vlmpeft.eval.runner import Answerer, ask, parse_arguments, run, table
@@ -33,8 +35,6 @@ from vlmpeft.eval.runner import Answerer, ask, parse_arguments, run, table
 __all__ = ["PARSERS", "auc", "evaluate", "is_correct", "is_unparsable", "main", "parse_answer", "read_questions"]
 __all__ += ["score", "score_settings"]
 SUFFIX = "\nAnswer the question using a single word or phrase."  # LLaVA-1.5 (arXiv:2310.03744) table 9
-REVISION_2910 = "2910-row random (POPE up to e3e39262; 1500 yes, 1410 no); not comparable with the 3000-row file"
-QUESTION_KEYS = ("question_id", "image", "text", "label")
 REQUIRED = ("model", "questions", "images", "out")
 DEFAULTS = {"suffix": SUFFIX, "batch_size": 16, "ablate": "none", "max_new_tokens": 16, "device": "auto"}
 DEFAULTS |= {"overwrite": False, "wrong": 60}
@@ -86,27 +86,6 @@ def evaluate(
         for question, row in zip(questions, answers, strict=True)
     ]
     return rows, score_settings(questions, rows, parser=parser)
-
-
-def read_questions(files: str) -> list[dict[str, Any]]:
-    """Read comma-separated question files; of several, each row gets its file's name as `setting`.
-
-    Rows of the 2910-row random file carry that as `revision`, which the metrics repeat.
-    """
-    if not all(files.split(",")):
-        raise ConfigError("C102", f"questions={files}: a name is missing beside a comma.", "take the comma away.")
-    paths = [Path(file) for file in files.split(",")]
-    if len({path.stem for path in paths}) < len(paths):
-        raise ConfigError("C102", f"questions={files}: two files share a name.", "rename one; the name is the setting.")
-    questions: list[dict[str, Any]] = []
-    for path in paths:
-        rows = read_rows(path, QUESTION_KEYS)
-        for row in rows:
-            label_of(row)
-        setting = {"setting": path.stem} if len(paths) > 1 else {}
-        revision = {"revision": REVISION_2910} if "random" in path.stem.lower() and len(rows) == 2910 else {}
-        questions += [{**row, **setting, **revision} for row in rows]
-    return questions
 
 
 def _print_table(metrics: Mapping[str, Any]) -> None:

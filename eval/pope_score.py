@@ -12,6 +12,12 @@ from vlmpeft.eval.interval import interval
 from vlmpeft.eval.pope_parse import is_unparsable, parser_of
 from vlmpeft.eval.rows import Row, answer_text, join
 
+SETTINGS = frozenset({"random", "popular", "adversarial"})
+REVISIONS = {  # of the random file, by its rows
+    2910: "2910-row random (POPE up to e3e39262; 1500 yes, 1410 no); not comparable with the 3000-row file",
+    3000: "3000-row random (POPE after e3e39262; 1500 yes, 1500 no)",
+}
+
 
 def is_correct(question: Row, text: str, parser: str = "official") -> bool:
     """Whether the parsed text is the question's label."""
@@ -36,25 +42,49 @@ def score(questions: Sequence[Row], answers: Sequence[Row], *, parser: str = "of
         ConfigError: C102 for an unknown parser.
         EvalError: V601 for missing, extra or repeated ids, V602 for a label, text or margin of a wrong kind.
     """
-    return _metrics(join(questions, answers), parser)
+    return _metrics(_joined(questions, answers), parser)
 
 
 def score_settings(questions: Sequence[Row], answers: Sequence[Row], *, parser: str = "official") -> dict[str, Any]:
-    """As `score`; where every question has a `setting`: `settings` (name to metrics), two totals of them, and n.
+    """As `score`; where every question has settings: `settings` (name to metrics), two totals of them, and n.
 
     The totals are `mean_` (LLaVA's: the mean over settings) and `pooled_` (the harnesses': over all answers) accuracy
-    and f1.
+    and f1. A question of several settings counts once in each, in the totals and n as well: VLMEvalKit's Overall is
+    pooled_f1.
     """
-    pairs = join(questions, answers)
-    if not pairs or not all("setting" in question for question in questions):
-        return _metrics(pairs, parser)
-    names = dict.fromkeys(str(question["setting"]) for question in questions)
-    settings = {name: _metrics([p for p in pairs if str(p[0]["setting"]) == name], parser) for name in names}
+    pairs = [(name, pair) for pair in _joined(questions, answers) for name in settings_of(pair[0]) or ("",)]
+    if not pairs or not all(name for name, _ in pairs):
+        return _metrics([pair for _, pair in pairs], parser)
+    names = dict.fromkeys(name for name, _ in pairs)
+    settings = {name: _metrics([pair for of, pair in pairs if of == name], parser) for name in names}
     mean = {f"mean_{key}": sum(m[key] for m in settings.values()) / len(settings) for key in ("accuracy", "f1")}
-    whole = _metrics(pairs, parser)
+    whole = _metrics([pair for _, pair in pairs], parser)
     pooled = {f"pooled_{key}": whole[key] for key in ("accuracy", "f1")}
     counts = {key: whole[key] for key in ("n", "unparsable", "by_chance", "empty")}
     return {**mean, **pooled, **counts, "settings": settings}
+
+
+def settings_of(question: Row) -> tuple[str, ...]:
+    """The file it is from; else its `category` where all of that, with commas between, are settings of POPE's."""
+    if "setting" in question:
+        return (str(question["setting"]),)
+    names = tuple(dict.fromkeys(name.strip() for name in str(question.get("category", "")).split(",")))
+    return names if SETTINGS.issuperset(names) else ()
+
+
+def _joined(questions: Sequence[Row], answers: Sequence[Row]) -> list[tuple[Row, Row]]:
+    """As `join`, but names the revision where there are as many answers as the other one of `random` has rows."""
+    try:
+        return join(questions, answers)
+    except EvalError as error:
+        found = {question.get("revision") for question in questions}
+        asked = next((rows for rows, name in REVISIONS.items() if name in found), 0)
+        given = asked + len(answers) - len(questions)
+        if given == asked or not {given, asked}.issubset(REVISIONS):
+            raise
+        message = f"the answers are to the {given}-row revision of random, the questions of the {asked}-row one. "
+        fix = f"score them against the file of {given} rows; figures of the two are not comparable."
+        raise EvalError(error.code, message + error.message, fix) from error
 
 
 def _metrics(pairs: Sequence[tuple[Row, Row]], parser: str) -> dict[str, Any]:
@@ -103,7 +133,8 @@ def label_of(question: Row) -> str:
     """yes or no. Raises: EvalError V602 for another label."""
     if question.get("label") not in ("yes", "no"):
         place = f"question {question.get('question_id')}"
-        raise EvalError("V602", f"{place}: label must be 'yes' or 'no', got {question.get('label')!r}.")
+        message = f"{place}: label must be 'yes' or 'no', got {question.get('label')!r}."
+        raise EvalError("V602", message, "write yes or no, in lower case.")
     return str(question["label"])
 
 

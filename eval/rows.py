@@ -32,10 +32,12 @@ def read_rows(path: str | Path, required: Sequence[str] = ()) -> list[dict[str, 
                 text = line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip()
                 if text:
                     rows.append(_checked(json.loads(text), required))
+            except WrongRow as error:
+                fix = f"every row has {', '.join(required)}." if required else "write one JSON object a line."
+                raise EvalError("V602", f"{path} line {number}: {error}.", fix) from error
             except (ValueError, RecursionError) as error:
-                reason = _reason(error)
                 hint = "write one JSON object a line, in UTF-8."
-                raise EvalError("V602", f"{path} line {number}: {reason}.", hint) from error
+                raise EvalError("V602", f"{path} line {number}: {_reason(error)}.", hint) from error
     if not rows:
         raise EvalError("V602", f"{path} has no rows.", "check that it is the file you meant.")
     return rows
@@ -64,16 +66,20 @@ def require_file(path: str | Path) -> None:
         raise ConfigError("C102", f"no file '{path}'.", "check the path.")
 
 
+class WrongRow(Exception):
+    """What is wrong with a row that is JSON."""
+
+
 def _checked(row: Any, required: Sequence[str]) -> dict[str, Any]:
     if not isinstance(row, dict):
-        raise ValueError(f"expected an object, got {type(row).__name__}")
+        raise WrongRow(f"expected an object, got {type(row).__name__}")
     for key in required:
         if key not in row:
-            raise ValueError(f"no key '{key}'{nearest(key, row)}")
+            raise WrongRow(f"no key '{key}'{nearest(key, row)}")
         allowed = (str, int) if key == "question_id" else (str,)
         if not isinstance(row[key], allowed) or isinstance(row[key], bool):
             kind = "text or an integer" if int in allowed else "text"
-            raise ValueError(f"'{key}' must be {kind}, got {row[key]!r:.80}")
+            raise WrongRow(f"'{key}' must be {kind}, got {row[key]!r:.80}")
     return row
 
 
@@ -115,7 +121,8 @@ def answer_text(answer: Row) -> str:
     """The text of an answer: `text`, or `answer` as in the official POPE files. Raises: EvalError V602 if neither."""
     text = answer.get("text", answer.get("answer"))
     if not isinstance(text, str):
-        raise EvalError("V602", f"the answer {_name(answer)} has no text, but {text!r}.", "give `text` or `answer`.")
+        message = f"the answer {_name(answer)} has no text, but {text!r:.80} (its keys: {', '.join(answer)})."
+        raise EvalError("V602", message, "give `text` or `answer`.")
     return text
 
 
@@ -162,6 +169,8 @@ def _check_keys(asked: Sequence[Key], given: Sequence[Key]) -> None:
 
 def _check_pairs(pairs: Sequence[tuple[Row, Row]]) -> None:
     """Equal ids are not enough: POPE numbers every file from 1, so the question or image, where given, must agree."""
+    if pairs and all(q.get("text") and q.get("text") == a.get("text") for q, a in pairs):
+        raise EvalError("V601", "the answers are the questions themselves.", "give the file that a model answered.")
     strangers = [(q, a) for q, a in pairs if not _agree(q, a)]
     if strangers:
         question, answer = strangers[0]

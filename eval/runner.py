@@ -14,7 +14,7 @@ from vlmpeft.eval.compare import compare_files, texts_of
 from vlmpeft.eval.distinct import answer_distinct
 from vlmpeft.eval.identity import digest
 from vlmpeft.eval.method import candidates_of, check_method, logliks_of
-from vlmpeft.eval.paths import has_image, resolve_images, with_image
+from vlmpeft.eval.paths import check_pictures, has_image, resolve_images, with_image
 from vlmpeft.eval.rows import Row, read_rows, write_json, write_rows
 from vlmpeft.eval.session import Evaluation, carry_out, prepare_folder
 from vlmpeft.eval.wrong_page import Wrong
@@ -170,7 +170,7 @@ def run(
     """
     check_ablation(arguments["ablate"])
     check_method(arguments.get("method", "generate"))
-    resolve_images(with_image(questions), arguments["images"])
+    check_pictures(resolve_images(with_image(questions), arguments["images"]))
     other = arguments.get("compare")
     if other:
         texts_of(other, questions)

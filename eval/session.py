@@ -103,7 +103,8 @@ def prepare_folder(out: str | Path) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ConfigError("C111", f"out={out}: {error.strerror}.", "choose a folder that can be written.") from error
+        reason = "it is a file" if folder.is_file() else error.strerror
+        raise ConfigError("C111", f"out={out}: {reason}.", "choose a folder that can be written.") from error
     if not os.access(folder, os.W_OK):
         raise ConfigError("C111", f"out={out} cannot be written.", "choose a folder that can be written.")
     return folder

@@ -23,7 +23,7 @@ from typing import Any
 from vlmpeft.errors import EvalError, run_command
 from vlmpeft.eval.compare import compare_files
 from vlmpeft.eval.interval import interval
-from vlmpeft.eval.pope import DEFAULTS, OPTIONAL, REQUIRED, SUFFIX, parse_answer
+from vlmpeft.eval.pope import DEFAULTS, OPTIONAL, REQUIRED, SUFFIX, is_unparsable, parse_answer
 from vlmpeft.eval.rows import Row, answer_text, join, read_rows
 from vlmpeft.eval.runner import Answerer, ask, parse_arguments, run, table
 
@@ -71,7 +71,8 @@ def score(questions: Sequence[Row], answers: Sequence[Row]) -> dict[str, Any]:
         answers: question_id and text (or answer) each.
 
     Returns:
-        accuracy, accuracy_ci95 ([low, high]), correct, n, empty, and `categories`: name to the first four.
+        accuracy, accuracy_ci95 ([low, high]), correct, n, empty, unparsable (those, and of yes/no questions the texts
+        without a word yes, no or not), by_chance (always 0), and `categories`: name to the first four.
 
     Raises:
         EvalError: V601 for missing, extra or repeated ids, V602 for a label or text of a wrong kind.
@@ -84,6 +85,8 @@ def score(questions: Sequence[Row], answers: Sequence[Row]) -> dict[str, Any]:
     return {
         **_accuracy([hit for category in hits.values() for hit in category]),
         "empty": sum(not text.strip() for _, text in pairs),
+        "unparsable": sum(not text.strip() or (q["category"] in yes_no and is_unparsable(text)) for q, text in pairs),
+        "by_chance": 0,
         "categories": {category: _accuracy(hits[category]) for category in sorted(hits)},
     }
 

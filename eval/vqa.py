@@ -26,6 +26,7 @@ QUESTION_KEYS = ("question_id", "image", "text")
 DATASETS = ("vqav2", "textvqa", "vizwiz")
 NORMALISERS = ("evalai", "vqav2")
 OPTIONS = {"dataset": "vqav2", "normaliser": "evalai", "ocr": False}
+HOW = "give what the annotators said as `answers`."
 UNANSWERABLE = "\nWhen the provided information is insufficient, respond with 'Unanswerable'."  # LLaVA-1.5, table 9
 
 
@@ -57,7 +58,8 @@ def score(questions: Sequence[Row], answers: Sequence[Row], *, normaliser: str =
         answers: question_id and text (or answer) each.
 
     Returns:
-        accuracy, accuracy_ci95, n, empty and, with categories, `categories`.
+        accuracy, accuracy_ci95, n, empty, unparsable (the empty ones), by_chance (always 0) and, with categories,
+        `categories`.
 
     Raises:
         EvalError: V601 for missing, extra or repeated ids, V602 for answers that are no list of texts.
@@ -90,7 +92,7 @@ def _annotations(question: Row) -> list[str]:
     answers = question.get("answers")
     if not isinstance(answers, list) or not answers or not all(isinstance(answer, str) for answer in answers):
         place = f"question {question.get('question_id')}"
-        raise EvalError("V602", f"{place}: answers must be a list of texts, got {answers!r:.80}.")
+        raise EvalError("V602", f"{place}: answers must be a list of texts, got {answers!r:.80}.", HOW)
     return answers
 
 

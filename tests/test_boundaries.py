@@ -25,9 +25,10 @@ LEVELS: dict[int, str] = {
     "eval.short eval.ablate eval.benchmark eval.caption eval.cider eval.compare eval.gqa eval.hallusion "
     "eval.interval eval.mme eval.mmvet eval.summary eval.vqa eval.vqa_text eval.choices eval.choices_run "
     "eval.mmmu eval.mmmu_data eval.mmmu_parse eval.scienceqa eval.mmbench eval.iconqa eval.choice figure "
-    "eval.pope_parse eval.pope_score eval.answer_log eval.arguments eval.asking eval.identity eval.method "
-    "eval.session eval.team eval.wrong_page eval.choices_ask margins compare_run compare_loop compare_report "
-    "hf_vlm eval.distinct eval.harness eval.model doctor_run doctor_stage round_trip memory_plan plan_fit plan_text",
+    "eval.pope_parse eval.pope_questions eval.pope_score eval.answer_log eval.arguments eval.asking eval.identity "
+    "eval.method eval.session eval.team eval.wrong_page eval.choices_ask margins compare_run compare_loop "
+    "compare_report hf_vlm eval.distinct eval.harness eval.model doctor_run doctor_stage round_trip memory_plan "
+    "plan_fit plan_text",
     2: "adapter_files adapter_learn adapter_merge pool config sections yaml_file recipe data_config records data "
     "sample_store sample_text mixture record_encoder prepare stage features vlm quant quant_memory tune conflicts "
     "weights optim language tokens hf_chat prefix decode forward trackers align distributed sharding drift "

@@ -28,8 +28,13 @@ def test_auto_takes_the_accelerator_if_there_is_one(monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize("name", ["warp", "cuda:99", ""])
 def test_a_device_that_is_not_there_is_one_line(name: str) -> None:
-    with pytest.raises(EnvironmentFault, match=r"^\[E412\] device [^\n]+run.device=auto or cpu\.$"):
+    with pytest.raises(EnvironmentFault, match=r"^\[E412\] device [^\n]+run.device=auto or cpu in a recipe\)\.$"):
         choose_device(name)
+
+
+def test_a_device_that_torch_does_not_know_is_not_answered_with_all_it_does() -> None:
+    with pytest.raises(EnvironmentFault, match=r"device 'gpu' cannot be used: torch knows no such device\. Fix: use"):
+        choose_device("gpu")
 
 
 BF16 = {"amx_bf16": torch.bfloat16, "avx512_bf16": torch.bfloat16, "avx2": FP32}

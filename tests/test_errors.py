@@ -135,8 +135,8 @@ def test_the_module_needs_no_torch() -> None:
     [
         ("dropot", ["dropout", "r"], "; did you mean 'dropout'? (known: dropout, r)"),
         ("lx", ["betas", "lr"], "; did you mean 'lr'? (known: betas, lr)"),
-        ("zzz", ["dropout", "r"], "; (known: dropout, r)"),
-        ("zzz", [], "; (known: none)"),
+        ("zzz", ["dropout", "r"], " (known: dropout, r)"),
+        ("zzz", [], " (known: none)"),
     ],
 )
 def test_nearest_suggests_what_was_meant_and_lists_the_rest(name: str, known: list[str], tail: str) -> None:

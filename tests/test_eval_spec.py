@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from vlmpeft.decode import Request, exchange_of
-from vlmpeft.errors import EvalError
-from vlmpeft.eval import choice, gqa, hallusion, iconqa, mme, mmmu, mmvet, pope, scienceqa, short, vqa
+from vlmpeft.errors import EvalError, run_command
+from vlmpeft.eval import choice, gqa, hallusion, iconqa, mmbench, mme, mmmu, mmvet, pope, scienceqa, short, vqa
 from vlmpeft.eval.choices import LETTER
 from vlmpeft.eval.mmmu_data import item_of
-from vlmpeft.eval.rows import read_rows
+from vlmpeft.eval.rows import read_rows, write_rows
 from vlmpeft.layouts import ImageSlot
 from vlmpeft.template import template_of
 
@@ -24,7 +25,8 @@ def test_suffixes_are_those_of_llava_15_table_9() -> None:
     assert LETTER == "\nAnswer with the option's letter from the given choices directly."
     for made in (gqa.benchmark({"parser": "official"}), mme.benchmark({"parser": "official"})):
         assert made.suffix == SHORT
-    assert vqa.benchmark(vqa.OPTIONS).suffix == SHORT
+    assert all(vqa.benchmark({**vqa.OPTIONS, "dataset": name}).suffix == SHORT for name in vqa.DATASETS)
+    assert mmbench.BENCHMARK.options["suffix"] == LETTER
     assert scienceqa.BENCHMARK.options["suffix"] == choice.BENCHMARK.options["suffix"] == LETTER
     assert vqa.UNANSWERABLE == "\nWhen the provided information is insufficient, respond with 'Unanswerable'."
 
@@ -110,6 +112,25 @@ def test_mme_and_hallusion_count_what_they_cannot_read() -> None:
     texts = [{"question_id": "0", "text": "yes or no"}, {"question_id": "1", "text": "perhaps"}]
     assert hallusion.score(rows, texts)["unparsable"] == 1
     assert hallusion.score(rows, texts, parser="vlmevalkit")["unparsable"] == 2
+
+
+ASKED = {
+    **{"question_id": 1, "id": "1", "image": "a.png", "text": "Is it?", "question": "Is it?", "label": "yes"},
+    **{"category": "existence", "answers": ["yes"] * 10, "options": ["yes", "no"], "answer": "A"},
+}
+
+
+@pytest.mark.parametrize("module", [pope, short, choice, gqa, vqa, mme], ids=lambda module: module.__name__)
+def test_every_figure_names_its_parser_and_counts_what_it_could_not_read_or_drew(
+    module: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_rows(tmp_path / "q.jsonl", [ASKED, {**ASKED, "question_id": 2, "id": "2", "label": "no"}])
+    write_rows(tmp_path / "a.jsonl", [{"question_id": "2", "text": ""}, {"question_id": "1", "text": "Yes"}])
+    source = "data" if module is choice else "questions"
+    assert run_command(module.main, [f"{source}={tmp_path / 'q.jsonl'}", f"answers={tmp_path / 'a.jsonl'}"]) == 0
+    metrics = json.loads(capsys.readouterr().out)
+    assert metrics["parser"]
+    assert (metrics["unparsable"], metrics["by_chance"], metrics["n"]) == (1, 0, 2)
 
 
 def test_a_question_file_of_pope_keeps_what_its_owners_write(tmp_path: Path) -> None:

@@ -38,6 +38,11 @@ def test_parsers_follow_their_rules(text: str, contains: str, words: str) -> Non
     assert hallusion.parse_answer(text, "vlmevalkit") == words
 
 
+@pytest.mark.parametrize(("text", "read"), [("Yes", "yes"), (" no.", "no"), ("Yes, it is", "unknown"), ("", "unknown")])
+def test_strict_wants_the_word_alone(text: str, read: str) -> None:
+    assert hallusion.parse_answer(text, "strict") == read
+
+
 # (category, subcategory, set, figure, question, visual_input, truth): one VD set of two figures and two questions, one
 # VS set asked without a figure, with it and with an edited one, and a VD and a VS set that share subcategory and ids.
 TABLE = [
@@ -89,6 +94,13 @@ def test_questions_carry_what_the_file_says(questions: Rows) -> None:
     assert "image" not in questions[4]
 
 
+def test_images_are_found_above_and_below_the_folder_that_their_names_begin_with(tmp_path: Path) -> None:
+    file, images = official(tmp_path), touch(tmp_path / "images", "hallusion_bench/VD/chart/0_1.png")
+    found = [hallusion.read_questions({"questions": str(file), "images": str(folder)})[3]["image"]
+             for folder in (images, images / "hallusion_bench")]  # fmt: skip
+    assert found == ["hallusion_bench/VD/chart/0_1.png", "VD/chart/0_1.png"]
+
+
 def test_right_answers_score_one_everywhere(questions: Rows) -> None:
     metrics = hallusion.score(questions, said(questions))
     assert shares(metrics) == [1.0] * 5
@@ -120,6 +132,13 @@ def test_vlmevalkit_leaves_out_text_and_merges_categories(questions: Rows) -> No
     assert (metrics["n"], metrics["questions"], metrics["figures"]) == (8, 4, 5)  # ocr 1 is one of each
     assert shares(metrics)[:3] == pytest.approx([7 / 8, 3 / 4, 4 / 5])  # row 4 is not asked
     assert metrics["mean"] == pytest.approx((7 / 8 + 3 / 4 + 4 / 5) / 3)
+
+
+def test_strict_asks_about_all_and_groups_as_the_official_script_does(questions: Rows) -> None:
+    answers = said(questions, (0,))
+    metrics = hallusion.score(questions, [*answers[:8], {**answers[8], "text": "Yes, it is."}], parser="strict")
+    assert (metrics["n"], metrics["questions"], metrics["figures"], metrics["unparsable"]) == (9, 5, 6, 1)
+    assert shares(metrics)[:3] == pytest.approx([7 / 9, 3 / 5, 4 / 6])
 
 
 def test_judgements_are_added_up_as_the_official_script_does(questions: Rows) -> None:

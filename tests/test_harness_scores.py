@@ -8,6 +8,7 @@ import random
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from vlmpeft.eval import mmmu, pope
 from vlmpeft.eval.mmmu_parse import parse_multi_choice_lmms_eval
@@ -241,6 +242,17 @@ def test_mmmu_prompts_under_prompt_lmms_eval_are_theirs(their_mmmu: Any) -> None
     }
     for row in items(0):
         assert mmmu.item_of(row, prompt="lmms-eval").prompt == their_mmmu.mmmu_doc_to_text(row, asked)
+
+
+@pytest.mark.parametrize("asked", ["none of it", "<image 2> or <image 1>, then <image 2>", "<image 3>"])
+def test_mmmu_pictures_under_mode_lmms_eval_are_theirs(their_mmmu: Any, asked: str) -> None:
+    pictures = {n: Image.new("RGB", (n, 1)) for n in (1, 2, 3)}
+    row = {**items(0)[0], "question": asked, "options": "['<image 3>', 'x', '<image 1>', 'y']", "answer": "A"}
+    theirs = their_mmmu.mmmu_doc_to_visual({**row, **{f"image_{n}": p for n, p in pictures.items()}})
+    stored = {f"image_{n}": {"bytes": str(n).encode(), "path": None} for n in pictures}
+    ours = mmmu.item_of({**row, **stored}, mode="lmms-eval", prompt="lmms-eval")
+    assert [int(image) for image in ours.images] == [picture.width for picture in theirs]
+    assert asked in ours.prompt
 
 
 def test_pope_questions_are_asked_in_the_same_words(their_pope: Any) -> None:

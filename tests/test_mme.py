@@ -49,6 +49,24 @@ def test_parsers_follow_their_rules(text: str, official: str, lmms_eval: str) ->
     assert mme.parse_answer(text, "lmms-eval") == lmms_eval
 
 
+@pytest.mark.parametrize(
+    ("text", "vlmevalkit", "strict"),
+    [
+        ("Yes", "yes", "yes"),
+        (" no\n", "no", "no"),
+        ("No.", "no", "no"),
+        ("Yes, it is", "yes", "other"),  # the word among others; the word alone
+        ("The answer is yes", "yes", "other"),  # at any place
+        ("know", "other", "other"),  # words, not beginnings
+        ("yes or no", "other", "other"),  # not both
+        ("y", "other", "other"),
+        ("", "other", "other"),
+    ],
+)
+def test_vlmevalkit_wants_the_word_and_strict_the_word_alone(text: str, vlmevalkit: str, strict: str) -> None:
+    assert (mme.parse_answer(text, "vlmevalkit"), mme.parse_answer(text, "strict")) == (vlmevalkit, strict)
+
+
 def rows(task: str, said: str) -> tuple[Rows, Rows]:
     """Two questions an image, yes then no; `said` has two letters an image: y, n or o(ther)."""
     questions: Rows = []

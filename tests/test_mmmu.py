@@ -1,8 +1,7 @@
-"""MMMU: parquet files to prompts and pictures, answers to the figures of subjects, domains and the whole."""
+"""MMMU: answers to the figures of subjects, domains and the whole; the command, with a model and without."""
 
 from __future__ import annotations
 
-import io
 import json
 import random
 import subprocess
@@ -10,156 +9,20 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import pytest
 from fake_bundle import FakeBundle
-from PIL import Image
-from pyarrow import parquet
+from mmmu_rows import COLOURS, ROWS, items, write_layout
 
 import vlmpeft
 from vlmpeft.errors import ConfigError, EvalError, run_command
 from vlmpeft.eval import mmmu
-from vlmpeft.eval.choices import LETTER, chance_letter
+from vlmpeft.eval.choices import chance_letter
 from vlmpeft.eval.choices_run import evaluate
-
-COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255)}
-
-
-def png(colour: str) -> dict[str, Any]:
-    """A picture as the datasets library stores it."""
-    file = io.BytesIO()
-    Image.new("RGB", (6, 4), COLOURS[colour]).save(file, "PNG")
-    return {"bytes": file.getvalue(), "path": f"{colour}.png"}
-
-
-def row(name: str, question: str = "What is it?", answer: str = "A", **changes: Any) -> dict[str, Any]:
-    """A multiple-choice row of MMMU's columns."""
-    images = {f"image_{n}": None for n in range(1, 8)}
-    own = {"id": f"validation_{name}", "question": question, "options": "['cat', 'dog']", "answer": answer}
-    return {**own, "explanation": "", **images, "question_type": "multiple-choice", "subfield": "x", **changes}
-
-
-def open_row(name: str, answer: str, **changes: Any) -> dict[str, Any]:
-    return row(name, answer=answer, options="[]", question_type="open", **changes)
-
-
-ROWS = [
-    row("Art_1", "Look: <image 1>", image_1=png("red")),
-    row("Art_Theory_1", "No place named", "B", image_1=png("green")),
-    row("Math_1", "Compare <image 2> with <image 1>, then <image 2>.", image_1=png("red"), image_2=png("blue")),
-    open_row("Math_2", "['24/7', '3.429']", question="Ratio in <image 1>?", image_1=png("red")),
-    row("Math_3", "Which?", options="['<image 1>', '<image 2>', 'x']", image_1=png("red"), image_2=png("green")),
-    row("Clinical_Medicine_12", "<image 1> and <image 3> and a literal <image>", image_1=png("blue")),
-]
-
-
-def save(path: Path, rows: list[dict[str, Any]]) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    image = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
-    types = {f"image_{n}": image for n in range(1, 8)}
-    columns = {key: pa.array([r[key] for r in rows], types.get(key, pa.string())) for key in rows[0]}
-    parquet.write_table(pa.table(columns), path)
-    return path
 
 
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
-    """The public layout: a folder a subject, a file a split."""
-    for r in ROWS:
-        subject = mmmu.subject_of(r["id"])
-        mine = [x for x in ROWS if mmmu.subject_of(x["id"]) == subject]
-        save(tmp_path / "mmmu" / subject / "validation-00000-of-00001.parquet", mine)
-    save(tmp_path / "mmmu" / "Art" / "dev-00000-of-00001.parquet", [row("Art_9")])
-    return tmp_path / "mmmu"
-
-
-def items(data: Path, images: bool = True, **changes: str) -> dict[str, Any]:
-    arguments = {"data": str(data), **mmmu.BENCHMARK.defaults, **changes}
-    return {item.id.removeprefix("validation_"): item for item in mmmu.read_items(arguments, images)}
-
-
-def test_there_are_30_subjects_in_6_domains() -> None:
-    assert [len(subjects) for subjects in mmmu.DOMAINS.values()] == [4, 5, 5, 5, 4, 7]
-    assert len({s for subjects in mmmu.DOMAINS.values() for s in subjects}) == 30
-
-
-def test_subject_stands_between_the_first_and_the_last_underscore() -> None:
-    assert mmmu.subject_of("validation_Diagnostics_and_Laboratory_Medicine_17") == "Diagnostics_and_Laboratory_Medicine"
-    assert mmmu.subject_of("test_Art_1") == "Art"
-
-
-def test_official_prompt_lists_the_options_in_brackets_and_leaves_a_blank_line(data: Path) -> None:
-    found = items(data)
-    assert found["Art_1"].prompt == (
-        "Look: <image 1>\n(A) cat\n(B) dog\n\nAnswer with the option's letter from the given choices directly."
-    )
-    assert found["Math_2"].prompt == "Ratio in <image 1>?\nAnswer the question using a single word or phrase."
-
-
-def test_lmms_eval_prompt_lists_the_options_with_a_stop(data: Path) -> None:
-    found = items(data, prompt="lmms-eval")
-    assert found["Art_1"].prompt == "Look: <image 1>\nA. cat\nB. dog\n" + LETTER
-    assert found["Math_2"].prompt == "Ratio in <image 1>?\n\nAnswer the question using a single word or phrase."
-
-
-def test_mode_first_shows_image_1_alone_and_keeps_the_places_in_the_text(data: Path) -> None:
-    found = items(data)
-    assert [len(item.images) for item in found.values()] == [1] * 6
-    assert found["Math_1"].prompt.startswith("Compare <image 2> with <image 1>, then <image 2>.")
-
-
-def test_mode_interleave_puts_each_image_where_it_is_named_twice_if_named_twice(data: Path) -> None:
-    found = items(data, mode="interleave")
-    assert found["Math_1"].prompt.startswith("Compare <image> with <image>, then <image>.\n")
-    red, blue = png("red")["bytes"], png("blue")["bytes"]
-    assert found["Math_1"].images == (blue, red, blue)
-    assert "(A) <image>\n(B) <image>\n(C) x" in found["Math_3"].prompt
-    assert found["Art_Theory_1"].images == ()  # no place names it
-
-
-def test_no_mark_is_left_for_an_image_that_is_not_there_or_was_typed(data: Path) -> None:
-    item = items(data, mode="interleave")["Clinical_Medicine_12"]
-    assert item.prompt.startswith(r"<image> and <image 3> and a literal \<image>")
-    assert len(item.images) == 1
-
-
-def test_file_folder_split_and_its_short_name_are_found(data: Path) -> None:
-    assert list(items(data, split="val")) == list(items(data))
-    assert len(items(data)) == 6
-    assert list(items(data, split="dev")) == ["Art_9"]
-    assert list(items(data / "Art" / "dev-00000-of-00001.parquet")) == ["Art_9"]
-    with pytest.raises(ConfigError, match=r"no test-\*.parquet.*choose split=dev\|validation"):
-        items(data, split="test")
-
-
-@pytest.mark.parametrize(("key", "value"), [("mode", "all"), ("prompt", "mine")])
-def test_unknown_mode_and_prompt_are_refused(key: str, value: str, data: Path) -> None:
-    with pytest.raises(ConfigError, match=f"{key}={value}: no such {key}"):
-        items(data, **{key: value})
-
-
-@pytest.mark.parametrize(
-    ("changes", "says"),
-    [
-        ({"options": "open('x')"}, "options must be a list"),
-        ({"options": "['one']"}, "1 options"),
-        ({"answer": "C"}, "its answer 'C' is none of A, B"),
-        ({"id": None}, "`id` must be text"),
-    ],
-)
-def test_row_that_is_none_of_mmmu_is_refused(changes: dict[str, Any], says: str) -> None:
-    with pytest.raises(EvalError, match=r"V602") as caught:
-        mmmu.item_of({**row("Art_1"), **changes})
-    assert says in caught.value.line()
-
-
-def test_damaged_file_and_other_columns_are_refused(tmp_path: Path) -> None:
-    (tmp_path / "validation-0.parquet").write_bytes(b"PAR1 cut off")
-    with pytest.raises(EvalError, match=r"V602.*cannot be read"):
-        items(tmp_path)
-    parquet.write_table(pa.table({"id": ["a"]}), tmp_path / "validation-0.parquet")
-    with pytest.raises(EvalError, match=r"has no column question, options, answer, question_type"):
-        items(tmp_path)
+    return write_layout(tmp_path / "mmmu")
 
 
 GIVEN = {
@@ -211,6 +74,24 @@ def test_strict_decides_nothing_by_chance_and_wants_the_letter_or_the_text_alone
     metrics = mmmu.score(wordy, ROWS, parser="strict")
     assert (metrics["correct"], metrics["by_chance"]) == (1, 0)
     assert mmmu.score({**GIVEN, "validation_Math_2": "24/7"}, ROWS, parser="strict")["correct"] == 3
+
+
+@pytest.mark.parametrize(
+    ("said", "right", "unparsable"),
+    [
+        ("A", True, 0),
+        ("(A)", False, 1),
+        ("A.", False, 1),
+        (" A", False, 1),
+        ("a", False, 1),
+        ("B", False, 0),
+        ("", False, 1),
+    ],
+)
+def test_eval_only_compares_letters_and_draws_nothing(said: str, right: bool, unparsable: int) -> None:
+    """main_eval_only.py: {id: letter or text}, the letter compared as it is, open answers by the open parser."""
+    metrics = mmmu.score({"validation_Art_1": said, "validation_Math_2": "it is 3.43"}, [ROWS[0], ROWS[3]], "eval-only")
+    assert (metrics["correct"], metrics["unparsable"], metrics["by_chance"]) == (1 + right, unparsable, 0)
 
 
 def test_lmms_eval_parser_reads_other_letters() -> None:

@@ -46,8 +46,10 @@ def test_always_yes_on_a_balanced_file_scores_two_thirds_f1() -> None:
 @pytest.mark.parametrize(("labels", "text"), [("yn", "No"), ("nn", "Yes"), ("nn", "No"), ("yy", "No")])
 def test_division_by_zero_gives_zero_where_the_official_script_crashes(labels: str, text: str) -> None:
     metrics = pope.score(*rows(labels, [text, text]))
-    assert metrics["f1"] == 0.0
-    assert metrics["precision"] == 0.0
+    assert (metrics["f1"], metrics["precision"], metrics["recall"]) == (0.0, 0.0, 0.0)
+    said = "y" if text == "Yes" else "n"
+    counts = {"tp": 0, "fp": labels.count("n") * (said == "y"), "tn": labels.count("n") * (said == "n")}
+    assert metrics.items() >= {**counts, "fn": labels.count("y") * (said == "n"), "n": 2}.items()
 
 
 def test_no_questions_at_all_give_zeros() -> None:

@@ -60,16 +60,54 @@ def test_command_scores_three_files_with_one_answer_file(tmp_path: Path, capsys:
 
 
 @pytest.mark.parametrize(
-    ("name", "n", "noted"),
-    [("coco_pope_random.json", 2910, True), ("coco_pope_random.json", 3000, False), ("popular.json", 2910, False)],
+    ("name", "n", "revision"),
+    [
+        ("coco_pope_random.json", 2910, "2910-row"),
+        ("coco_pope_random.json", 3000, "3000-row"),
+        ("coco_pope_random.json", 2908, ""),
+        ("popular.json", 2910, ""),
+    ],
 )
-def test_the_2910_row_revision_of_random_is_recognised(
-    name: str, n: int, noted: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_both_revisions_of_random_are_recognised_by_their_rows(
+    name: str, n: int, revision: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     questions, answers = rows("yn" * (n // 2), ["Yes", "No"] * (n // 2))
     q, a = save(tmp_path / name, questions, end="\r\n"), save(tmp_path / "a.jsonl", answers)
     assert run_command(pope.main, [f"questions={q}", f"answers={a}"]) == 0
-    assert ("2910" in json.loads(capsys.readouterr().out).get("revision", "")) is noted
+    assert json.loads(capsys.readouterr().out).get("revision", "")[:8] == revision
+
+
+@pytest.mark.parametrize(
+    ("asked", "files", "keyed"),
+    [(2910, 1, "question_id"), (3000, 1, "image and question"), (3000, 3, "question_id")],
+)
+def test_answers_to_the_other_revision_of_random_are_refused_by_its_name(
+    asked: int, files: int, keyed: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = 2910 + 3000 - asked
+    names = ["coco_pope_random", "coco_pope_popular", "coco_pope_adversarial"][:files]
+    paths, said = [], []
+    for name in names:
+        lengths = (asked, given) if "random" in name else (3000, 3000)
+        questions, answered = (rows("yn" * (n // 2), ["Yes", "No"] * (n // 2))[0] for n in lengths)
+        paths.append(str(save(tmp_path / f"{name}.json", questions)))
+        names_of = {"setting": name} if files > 1 else {}
+        for q in answered:
+            key = {"question_id": q["question_id"]} if keyed == "question_id" else {}
+            said.append({**names_of, **(key or {"image": q["image"], "question": q["text"]}), "answer": q["label"]})
+    a = save(tmp_path / "a.jsonl", said)
+    assert run_command(pope.main, [f"questions={','.join(paths)}", f"answers={a}"]) == 8
+    error = capsys.readouterr().err
+    assert f"the answers are to the {given}-row revision of random, the questions of the {asked}-row one." in error
+    assert f"90 {'extra' if given > asked else 'missing'} answers: " in error
+    assert f"Fix: score them against the file of {given} rows" in error
+
+
+def test_other_numbers_of_answers_are_no_revision(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    questions, answers = rows("yn" * 1500, ["Yes", "No"] * 1500)
+    q, a = save(tmp_path / "random.json", questions), save(tmp_path / "a.jsonl", answers[:2000])
+    assert run_command(pope.main, [f"questions={q}", f"answers={a}"]) == 8
+    assert "revision" not in capsys.readouterr().err
 
 
 def test_two_question_files_of_one_name_are_refused(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from vlmpeft.decode import Answer
 from vlmpeft.errors import EvalError, run_command
@@ -90,13 +91,15 @@ def test_order_of_answers_does_not_change_the_score() -> None:
 def test_empty_answer_is_wrong_and_counted() -> None:
     blank = [{**a, "text": " "} for a in ANSWERS]
     metrics = short.score(QUESTIONS, blank)
-    assert metrics["empty"] == 6
+    assert (metrics["empty"], metrics["unparsable"]) == (6, 6)
+    junk = short.score(QUESTIONS, [{**a, "text": "banana"} for a in ANSWERS])
+    assert (junk["empty"], junk["unparsable"]) == (0, 2)  # the two questions of yes and no
     assert metrics["categories"]["name"]["correct"] == 0
 
 
 def test_no_questions_give_accuracy_zero() -> None:
     nothing = {"accuracy": 0.0, "accuracy_ci95": [0.0, 0.0], "correct": 0, "n": 0}
-    assert short.score([], []) == {**nothing, "empty": 0, "categories": {}}
+    assert short.score([], []) == {**nothing, "empty": 0, "unparsable": 0, "by_chance": 0, "categories": {}}
 
 
 def test_missing_repeated_and_extra_answers_are_refused() -> None:
@@ -128,7 +131,7 @@ def test_command_writes_answers_and_metrics_and_prints_a_table(
     import vlmpeft
 
     monkeypatch.setattr(vlmpeft, "load", lambda directory, device: FakeBundle(), raising=False)
-    (tmp_path / "a.png").write_bytes(b"never opened here")
+    Image.new("RGB", (1, 1)).save(tmp_path / "a.png")
     write_rows(tmp_path / "q.jsonl", QUESTIONS)
     arguments = ["model=M", f"questions={tmp_path / 'q.jsonl'}", f"images={tmp_path}", f"out={tmp_path / 'out'}"]
     assert run_command(short.main, arguments) == 0

@@ -43,7 +43,7 @@ ONE_STAGE = {  # of a recipe of one stage: the beginning of the answer, and its 
     "tuners.a.r=3": ("[C106] tuners.a.kind is not set. Fix: write tuners.a.kind=lora", ""),
     "adalora.ranks={q_proj: 4}": ("[C101] tuners.adalora: a tuner of kind adalora has no key 'ranks'.", "parts it."),
     "oft.r=4": ("[C101] tuners.oft: no key 'r'; did you mean 'block_size'?", ""),
-    "ia3.r=4": ("[C101] tuners.ia3: no key 'r'; (known: feedforward, layers,", ""),
+    "ia3.r=4": ("[C101] tuners.ia3: no key 'r' (known: feedforward, layers,", ""),
     "fish.keep=0.1": ("[C101] tuners.fish: no key 'keep'; did you mean 'share'?", ""),
     "layers.layers=last:2": ("[C101] tuners.layers: no key 'layers'; did you mean 'which'?", ""),
     "mores.r=2": ("[C101] tuners.mores: no key 'r'; did you mean 'rank'?", ""),

@@ -42,8 +42,8 @@ def load_told(monkeypatch: pytest.MonkeyPatch, told: Mapping[str, str]) -> ToldB
 
 
 def touch(folder: Path, *names: str) -> Path:
-    """Empty files in a folder, where images are only looked for."""
+    """Pictures of one pixel in a folder, where their headers are all that is read."""
     for name in names:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_bytes(b"")
+        Image.new("RGB", (1, 1)).save(folder / name)
     return folder

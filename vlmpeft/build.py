@@ -122,8 +122,10 @@ def choose_device(name: str) -> torch.device:
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = f"device '{name}' cannot be used: {str(error).splitlines()[0]}"
-        raise EnvironmentFault("E412", reason, "set run.device=auto or cpu.") from error
+        said = str(error).splitlines()[0].rstrip(".")
+        reason = "torch knows no such device" if said.startswith("Expected one of") else said
+        fix = "use auto or cpu (run.device=auto or cpu in a recipe)."
+        raise EnvironmentFault("E412", f"device '{name}' cannot be used: {reason}.", fix) from error
     return torch.device(name)
 
 

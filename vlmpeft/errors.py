@@ -92,11 +92,11 @@ class EvalError(VlmpeftError):
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """` did you mean 'x'? (known: ...)`, the tail of every unknown-name message."""
+    """`; did you mean 'x'? (known: ...)`, the tail of every unknown-name message."""
     names = sorted(known)
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.6) if len(name) > 1 or name in names else []
     close = close or [n for n in names if _one_letter_off(name, n)]
-    hint = f"; did you mean '{close[0]}'?" if close else ";"
+    hint = f"; did you mean '{close[0]}'?" if close else ""
     return f"{hint} (known: {', '.join(names) or 'none'})"
 
 

@@ -81,14 +81,12 @@ def _whole_files() -> Iterator[None]:
 @contextlib.contextmanager
 def _opened(path: Path, max_pixels: int) -> Iterator[Image.Image]:
     """An image file whose header is good; what Pillow says of it inside the block becomes D104 or D105."""
-    replace = "replace the file or set data.on_bad_sample=skip."
+    replace = "replace the file; training can leave it out with data.on_bad_sample=skip."
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # bombs are refused by size below; corrupt metadata does no harm
             if path.stat().st_size == 0:
-                raise DataError(
-                    "D104", f'image "{path}" is 0 bytes.', "download it again or set data.on_bad_sample=skip."
-                )
+                raise DataError("D104", f'image "{path}" is 0 bytes.', replace)
             with Image.open(path, formats=FORMATS) as image:
                 check_size(image.size, path, max_pixels)
                 refuse_float(image, path)

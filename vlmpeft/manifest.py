@@ -53,8 +53,8 @@ def verify(directory: Path) -> dict[str, Any]:
     """
     path = directory / MANIFEST
     if not path.is_file():
-        message = f"{directory} is no complete model directory: {MANIFEST} is missing."
-        raise CheckpointError("K202", message, "name a `final` or `checkpoints/step-N` folder.")
+        message = f"{directory} is no complete model directory: {_lack(directory)}."
+        raise CheckpointError("K202", message, _meant(directory))
     try:
         manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         whole = manifest[SEAL] == _seal(manifest)
@@ -68,6 +68,21 @@ def verify(directory: Path) -> dict[str, Any]:
     for name, expected in manifest["files"].items():
         _check(directory / name, expected)
     return manifest
+
+
+def _lack(directory: Path) -> str:
+    if directory.is_dir():
+        return f"{MANIFEST} is missing"
+    return "it is a file" if directory.exists() else "there is no such folder"
+
+
+def _meant(directory: Path) -> str:
+    """The remedy for a folder without a manifest: the model in it, what transformers loads, or what a model is."""
+    if (directory / "final" / MANIFEST).is_file():
+        return f"did you mean {directory / 'final'}?"
+    if (directory / "config.json").is_file():
+        return f"a model of transformers is asked as hf:{directory} by `generate` and the evaluations."
+    return "name a `final` or `checkpoints/step-N` folder."
 
 
 def _check(file: Path, expected: Mapping[str, Any]) -> None:
