@@ -35,7 +35,7 @@ LEVELS: dict[int, str] = {
     "diagnose_config report report_attention report_data report_sections report_retention report_style charts "
     "scene_questions cpu_attention steps loglik eval_config compare_config compare_plan compare_picture compare_stats "
     "compare_table overlay scene_files hf_prompt likelihood tile_merge connector changes start supervision "
-    "gradient_flow optim_memory activations",
+    "llava_source gradient_flow optim_memory activations",
     1: "vision vision_timm vision_transformers vision_open_clip vision_weights encoder template images projectors "
     "projectors.linear projectors.mlp projectors.ldp projectors.pixel_shuffle projectors.resampler "
     "projectors.qformer projectors.identity tuners tuners.dora tuners.embedding_lora tuners.full tuners.krona "
@@ -87,6 +87,7 @@ WHERE = {  # an outside library and the modules that may import it; True if insi
     "transformers": (
         {
             *("language", "vision_transformers", "decode", "prefix", "hf_llava", "hf_vlm", "tuners.prompt"),
+            *("llava_source", "sources"),
             *("tuners.gated_attention", "cpu_attention"),
         },
         True,

@@ -129,6 +129,7 @@ def test_bad_records_are_told_and_do_not_stop_it(
         (["recipe=quickstart", "stage=instrct"], 2, "did you mean 'instruct'"),
         (["recipe=quickstart"], 2, "data.instruct=FILE"),
         (["recipe=quickstart", "n=x"], 2, "n=x"),
+        (["recipe=quickstart", "data.instruct=x.json", "data.images=none"], 2, "images=none: no such folder"),
         (["recipe=quickstart", "data.instrct=x"], 2, "did you mean 'instruct'"),
     ],
     ids=str,

@@ -206,6 +206,9 @@ def test_marks_typed_in_parts_are_text_and_input_follows_the_instruction(folder:
     assert len(marked.images) == 1
 
 
+SAID = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}]
+
+
 @pytest.mark.parametrize(
     ("record", "says"),
     [
@@ -217,7 +220,14 @@ def test_marks_typed_in_parts_are_text_and_input_follows_the_instruction(folder:
             {"messages": [{"role": "user", "content": [{"type": "image", "image": "a.png"}]}], "image": "b.png"},
             "some images are in the messages",
         ),
-        ({"question": 3, "answer": "x"}, "text 'value'"),
+        ({"question": 3, "answer": "x"}, "'question' must be text, got 3"),
+        ({"question": "q", "answer": "a", "image_path": "a.png"}, "'image_path' looks like an image"),
+        ({"question": "q", "answer": "a", "image": None, "Image": "a.png"}, "'Image' looks like an image"),
+        ({"instruction": "q", "output": "a", "file_name": "a.png"}, "'file_name' looks like an image"),
+        ({"messages": SAID, "img": "a.png"}, "'img' looks like an image"),
+        ({"messages": SAID, "question": "q", "answer": "a"}, "'messages' and 'question, answer' are given"),
+        ({"conversations": [{}], "messages": SAID}, "'conversations' and 'messages' are given"),
+        ({"instruction": "q", "output": "a", "prompt": "q", "response": None}, "'instruction, output' and 'prompt, re"),
         ({"system": 3, "question": "q", "answer": "x"}, "system prompt must be text"),
         ({"texts": []}, "texts: no conversation among them; accepted: conversations"),
         ({"question": "q", "answer": "a", "image": {"path": "a.png"}}, "'image' must be"),
@@ -229,6 +239,25 @@ def test_records_that_cannot_be_normalised_are_refused(record: dict[str, Any], s
         one(folder, record)
     assert caught.value.code == "D102"
     assert says in caught.value.message
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"conversations": None, "messages": [], "prompt": "", "response": ""},  # as a table of several shapes has
+        {"image_path": None, "images": None, "image_size": [8, 6], "image_id": 3, "img": "", "filename_of_text": "x"},
+    ],
+    ids=str,
+)
+def test_keys_that_hold_nothing_or_are_no_image_do_no_harm(more: dict[str, Any], folder: Path) -> None:
+    plain = {"id": "x", "question": "Why?", "answer": "So."}
+    assert one(folder, plain | more) == one(folder, plain)
+    assert len(one(folder, plain | more | {"images": ["a.png"], "file_name": "elsewhere.png"}).images) == 1
+
+
+def test_names_of_columns_are_taken_without_the_space_around_them(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("question , answer, image\nWhy?, So.,a.png\n")
+    assert list(read_records(tmp_path / "a.csv")) == [{"question": "Why?", "answer": " So.", "image": "a.png"}]
 
 
 @pytest.mark.parametrize("write", [as_csv, as_tsv, as_parquet, as_arrow, as_stream, as_saved])
@@ -254,6 +283,9 @@ def test_files_that_cannot_be_read_get_their_line(tmp_path: Path) -> None:
         "quote.csv": (b'question,answer\n"a"b,c\n', "line 2"),
         "latin.csv": ("question,answer\né,b\n".encode("latin-1"), "not UTF-8"),
         "empty.csv": (b"question,answer\n", "holds no record"),
+        "twice.csv": (b"question,answer,question\na,b,c\n", "two columns 'question'"),
+        "nothing.csv": (b"", "nothing.csv is empty"),
+        "nothing.json": (b"", "nothing.json is empty"),
         "empty.json": (b"[]", "holds no record"),
     }
     for name, (data, says) in files.items():

@@ -182,7 +182,7 @@ def build(recipe: Recipe) -> Bundle:
     device = choose_device(recipe.run.device)
     bundle = assemble(recipe, device, choose_dtype(recipe.run.precision, device), recipe.run.seed)
     if recipe.init is not None:
-        start_from(bundle.model, recipe, bundle.fingerprints, Path(recipe.init))
+        start_from(bundle.model, recipe, bundle.fingerprints, recipe.init)
     enter_stage(bundle, bundle.stage)
     return bundle
 

@@ -82,7 +82,7 @@ class Plan:
         return dataclasses.replace(quiet, title=title, run=dataclasses.replace(quiet.run, dir=str(directory)))
 
     def init(self, task: Task) -> str | None:
-        """The model directory a comparison without earlier stages starts from, if any."""
+        """What a comparison without earlier stages starts from, if anything; see `Recipe`."""
         return self._whole(_shared(task)).init
 
     def _whole(self, task: Task) -> Recipe:

@@ -93,16 +93,15 @@ class Runner:
             found = {**trained, "peak_bytes": memory.bytes if trained else None, **_sizes(bundle, where)}
             return {**dataclasses.asdict(task), **found, **self._asked(bundle, task)}
 
-    def _start(self, task: Task) -> Path | None:
+    def _start(self, task: Task) -> str | None:
         """The model directory all arms of a set and seed start from, made when it is first needed."""
         recipe = self.plan.start(task)
         if recipe is None:
-            init = self.plan.init(task)
-            return None if init is None else Path(init)
+            return self.plan.init(task)
         directory = Path(recipe.run.dir)
         if not finished(directory) and Run(recipe, directory).run() == PREEMPTED:
             raise Preempted
-        return directory / FINAL
+        return str(directory / FINAL)
 
     def _train(self, bundle: Bundle, recipe: Recipe, task: Task, where: Path) -> dict[str, Any]:
         (name, stage), *_ = recipe.stages.items()

@@ -14,6 +14,7 @@ from omegaconf import OmegaConf
 
 import vlmpeft.steering  # noqa: F401  its tuners are found by their kind
 from vlmpeft.errors import ConfigError, VlmpeftError, nearest
+from vlmpeft.llava_source import check_decided, decided_by
 from vlmpeft.overlay import merge, normalised, of_kind
 from vlmpeft.recipe import Recipe
 from vlmpeft.schema import as_plain, convert
@@ -49,9 +50,12 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
     if COMPARE in merged:
         message = f"{name_or_path} compares several recipes."
         raise ConfigError("C105", message, f"run python -m vlmpeft.compare recipe={name_or_path}.")
+    decided = decided_by(dict(changes).get("init", merged.get("init")))
+    merged = merge(merged, decided)
     for key, value in changes:
         merged = _override(merged, key, value)
     try:
+        check_decided(merged, decided)
         return build_recipe(merged)
     except ConfigError as error:
         wrong = _plain_path(error.key)
@@ -84,7 +88,7 @@ def recipe_of(values: Mapping[str, Any], *changes: Mapping[str, Any]) -> Recipe:
     """The recipe that values describe once changes are merged into them; null takes a key out. Raises: ConfigError."""
     for change in changes:
         values = merge(values, normalised(dict(change)))
-    return build_recipe(values)
+    return build_recipe(merge(values, decided_by(values.get("init"))))
 
 
 def to_yaml(recipe: Recipe) -> str:

@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from vlmpeft.anyres import MAX_TILES, TILES, Grid, Merge
+from vlmpeft.errors import ConfigError
 from vlmpeft.images import MAX_PIXELS, PILLOW_LIMIT
 from vlmpeft.tuners.base import check
+
+
+def require_folder(images: str | None, key: str) -> None:
+    """Raise ConfigError C110 unless a folder of images, if one is named, is there."""
+    if images and not Path(images).is_dir():
+        raise ConfigError("C110", f"{key}={images}: no such folder.", f"check {key}.")
 
 
 @dataclass(frozen=True)

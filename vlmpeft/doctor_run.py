@@ -86,7 +86,7 @@ class Examination:
         if going_on is not None:
             checkpoint.restore(self.bundle, going_on, verify(going_on))
         elif self.recipe.init is not None:
-            start_from(self.bundle.model, self.recipe, self.bundle.fingerprints, Path(self.recipe.init))
+            start_from(self.bundle.model, self.recipe, self.bundle.fingerprints, self.recipe.init)
         parameters = sum(p.numel() for p in self.bundle.model.parameters())
         size = f"{parameters:,} numbers in memory, all finite; {self.bundle.image_tokens} tokens a view of an image"
         self.found.add("ok", RUN, "model", size)

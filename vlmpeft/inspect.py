@@ -14,7 +14,7 @@ import sys
 from collections.abc import Sequence
 
 from vlmpeft.config import load_recipe
-from vlmpeft.data_config import DataConfig, DataFile
+from vlmpeft.data_config import DataConfig, DataFile, require_folder
 from vlmpeft.errors import ConfigError, nearest, run_command
 from vlmpeft.eval.runner import parse_arguments
 from vlmpeft.language import load_tokenizer
@@ -64,7 +64,9 @@ def _stage(recipe: Recipe, asked: str) -> str:
 
 def _show(files: Sequence[DataFile], how: Preparation, n: int, start: int) -> None:
     colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+    require_folder(how.config.images, "images")
     for file in files:
+        require_folder(file.images, f"{file.path}: images")
         store = open_store(file, how)
         for index in range(start - 1, min(start - 1 + n, len(store))):
             print(f"sample {index + 1} {sample_text(store[index], how.encoder.tokenizer, colour)}\n")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import inspect
 from pathlib import Path
@@ -12,8 +13,9 @@ from torch import Tensor, nn
 
 from vlmpeft import fs
 from vlmpeft.errors import ModelError
+from vlmpeft.llava_layout import HALVES, KINDS
 from vlmpeft.routed import cache_name
-from vlmpeft.sources import hub_or_cache, require_complete, resolve, unreachable
+from vlmpeft.sources import hub_or_cache, quiet, require_complete, resolve, unreachable
 from vlmpeft.tokens import fit_tokenizer
 
 
@@ -41,8 +43,10 @@ def load_language(
     try:
         with hub_or_cache():
             directory = str(_converted(Path(source))) if source.endswith(".gguf") else source
+            half = _half(directory)
             load: Any = AutoModelForCausalLM.from_pretrained
-            model, info = load(directory, output_loading_info=True, **options)
+            with quiet() if half else contextlib.nullcontext():
+                model, info = load(directory, output_loading_info=True, **options, **half)
             tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise unreachable(source, error) from error
@@ -51,6 +55,16 @@ def load_language(
     model.requires_grad_(False).eval()
     check_head(model, name)
     return model, tokenizer
+
+
+def _half(source: str) -> dict[str, Any]:
+    """What makes the language model out of a LLaVA of transformers; nothing for a language model by itself."""
+    from transformers import AutoConfig
+
+    config: Any = AutoConfig.from_pretrained(source, trust_remote_code=False)
+    if config.model_type not in KINDS:
+        return {}
+    return {"config": config.text_config, "key_mapping": HALVES["language"]}
 
 
 def load_tokenizer(name: str, eos: str | None = None) -> Any:
@@ -79,9 +93,10 @@ def empty_language(name: str) -> Any:
         source = str(_converted(Path(source)))
     try:
         with hub_or_cache():
-            config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+            config: Any = AutoConfig.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise unreachable(source, error) from error
+    config = config.text_config if config.model_type in KINDS else config
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
 

@@ -37,6 +37,11 @@ ORIGINAL: Pairs = (
     ("vision.", "model.vision_tower.vision_tower.vision_model."),
     ("language.", ""),  # last: every name begins with it
 )
+PLAIN, NEXT = KINDS = ("llava", "llava_next")  # model types of transformers
+HALVES = {  # transformers' `key_mapping`: one half of a file, in the hub's layout or that of memory, by itself
+    "vision": {r"^(model\.)?vision_tower\.": ""},
+    "language": {r"^language_model\.": "", r"^model\.language_model\.": "model."},
+}
 EMBEDDINGS, HEAD = "language.model.embed_tokens.weight", "language.lm_head.weight"
 
 

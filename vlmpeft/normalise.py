@@ -18,6 +18,9 @@ ACCEPTED = (
     "question, answer | prompt, response; with image or images where there are some"
 )
 SOURCES = ("image_url", "image", "path", "url")  # keys of an image part, most telling first
+LIKE_IMAGE = re.compile(
+    r"(image|img|picture|photo)s?([ _-]?(path|file|file_?name|name|url)s?)?|file_?name", re.IGNORECASE
+)
 MARK = re.compile(r"(?<!\\)<image>")
 
 
@@ -41,19 +44,39 @@ def normalised(record: Mapping[str, Any]) -> dict[str, Any]:
     if record.get("image") is not None and record.get("images") is not None:
         raise DataError("D102", "both 'image' and 'images' are given.", "keep one of them; it may hold a list.")
     images = _images(record["image"] if record.get("image") is not None else record.get("images"))
-    pair = next((pair for pair in PAIRS if set(pair) <= record.keys()), None)
-    if record.get("messages") is not None:
+    shape = _shape(record)
+    if shape == ("messages",):
         turns, images = _messages(_from_json(record["messages"]), images)
-    elif pair is not None and record.get("conversations") is None:
-        turns = _pair(record, *pair, images)
+    elif len(shape) == 2:
+        turns = _pair(record, *shape, images)
     else:
         turns = _from_json(record.get("conversations"))
+    if not images:
+        _refuse_overlooked(record)
     system = record.get("system")
     if isinstance(turns, list) and turns and isinstance(turns[0], Mapping) and turns[0].get("from") == "system":
         system, turns = turns[0].get("value"), turns[1:]
     if system is not None and not isinstance(system, str):
         raise DataError("D102", f"the system prompt must be text, got {system!r:.40}.")
     return {"conversations": turns, "image": images, "system": system}
+
+
+def _shape(record: Mapping[str, Any]) -> tuple[str, ...]:
+    """The keys that hold the conversation. Raises: DataError D102 if there are several: all but one would be lost."""
+    there = [keys for keys in (*((name,) for name in LISTS), *PAIRS) if set(keys) <= record.keys()]
+    given = [keys for keys in there if any(record[key] not in (None, "", []) for key in keys)]
+    if len(given) > 1:
+        both = " and ".join(f"'{', '.join(keys)}'" for keys in given)
+        raise DataError("D102", f"{both} are given, each a conversation.", "keep one of them.")
+    return (given or there)[0]
+
+
+def _refuse_overlooked(record: Mapping[str, Any]) -> None:
+    """Raise DataError D102 if a record without images has one under a name that nothing reads."""
+    for key, value in record.items():
+        if value not in (None, "", []) and key not in ("image", "images") and LIKE_IMAGE.fullmatch(str(key).strip()):
+            message = f"'{key}' looks like an image, but images are read from 'image' or 'images' alone."
+            raise DataError("D102", message, "rename the key or column, or take it out.")
 
 
 def _from_json(value: Any) -> Any:
@@ -87,13 +110,15 @@ def _image(value: Any) -> Any:
 
 def _pair(record: Mapping[str, Any], question: str, answer: str, images: list[Any]) -> list[dict[str, Any]]:
     """Turns of a record with one question and one answer; images that it does not mark come first."""
-    asked = record[question] if record[question] is not None else ""
+    for key in (question, answer):
+        if not isinstance(record[key], str | None):
+            raise DataError("D102", f"'{key}' must be text, got {record[key]!r:.40}.")
+    asked = record[question] or ""
     if question == "instruction" and record.get("input"):
         asked = f"{asked}\n{record['input']}"
-    if isinstance(asked, str) and not MARK.search(asked):
+    if not MARK.search(asked):
         asked = "<image>\n" * len(images) + asked
-    replied = record[answer] if record[answer] is not None else ""
-    return [{"from": "human", "value": asked}, {"from": "gpt", "value": replied}]
+    return [{"from": "human", "value": asked}, {"from": "gpt", "value": record[answer] or ""}]
 
 
 def _messages(messages: Any, images: list[Any]) -> tuple[Any, list[Any]]:

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from vlmpeft.build import Bundle
-from vlmpeft.data_config import DataFile
+from vlmpeft.data_config import DataFile, require_folder
 from vlmpeft.errors import ConfigError, EnvironmentFault
 from vlmpeft.features import cache_features
 from vlmpeft.images import ImageReader
@@ -53,10 +53,8 @@ def check_recipe(recipe: Recipe) -> None:
         for file in data_files(recipe, name):
             if not Path(file.path).exists():
                 raise ConfigError("C110", f"{key}={file.path}: no such file.", f"check {key}.")
-            if file.images and not Path(file.images).is_dir():
-                raise ConfigError("C110", f"{key}: images={file.images}: no such folder.", f"check {key}.")
-    if recipe.data.images and not Path(recipe.data.images).is_dir():
-        raise ConfigError("C110", f"data.images={recipe.data.images}: no such folder.", "check data.images.")
+            require_folder(file.images, f"{key}: images")
+    require_folder(recipe.data.images, "data.images")
     check_trackers(recipe.run.trackers)
 
 

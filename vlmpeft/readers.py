@@ -36,6 +36,8 @@ def _reader(path: Path) -> Iterator[Any]:
         return _saved_dataset(path)
     with path.open("rb") as file:
         head = file.read(8)
+    if not head:
+        raise DataError("D101", f"{path} is empty.", "write a list of records.")
     if head.startswith(PARQUET):
         return _table(path, _parquet(path), "Parquet")
     if head.startswith((ARROW_FILE, ARROW_STREAM)):
@@ -55,8 +57,10 @@ def _csv(path: Path, delimiter: str) -> Iterator[dict[str, Any]]:
     with path.open(encoding="utf-8-sig", newline="") as file:
         reader = csv.reader(file, delimiter=delimiter, strict=True)
         try:
-            columns = next(reader, [])
+            columns = [name.strip() for name in next(reader, [])]
             _check_columns(path, columns)
+            if twice := next((name for name in columns if name and columns.count(name) > 1), None):
+                raise DataError("D101", f"{path} has two columns '{twice}'.", "rename or remove one of them.")
             for row in reader:
                 if row and len(row) != len(columns):
                     cells = f"{len(row)} cells, the header {len(columns)}"

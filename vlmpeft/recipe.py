@@ -224,7 +224,11 @@ class RunConfig:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A whole run. init: a model directory to start from instead of the bare base."""
+    """A whole run.
+
+    init: what to start from instead of the bare base: a model directory, or `hf:DIR_OR_ID` for a LLaVA or LLaVA-NeXT of
+    transformers; see `llava_source`.
+    """
 
     vision: VisionConfig
     language: LanguageConfig

@@ -127,7 +127,7 @@ class Run:
             if before != now:
                 self._say(f"trained by {before} processes so far, now by {now}: the same samples, other rounding")
         elif self.recipe.init is not None:
-            start_from(bundle.model, self.recipe, bundle.fingerprints, Path(self.recipe.init))
+            start_from(bundle.model, self.recipe, bundle.fingerprints, self.recipe.init)
         if self.accelerator.is_main_process:
             workspace.cut_metrics(self.dir, list(self.recipe.stages), position)
         return bundle, position, found

@@ -45,7 +45,8 @@ class ImageFolder:
         path = self.path(name)
         if not name or not os.path.isfile(path):
             fix = "check data.images and the name in the record."
-            raise DataError("D103", f"no image '{name:.200}' in {self.folder}{self.hint(path)}.", fix)
+            said = f"no image '{name:.200}' in {self.folder}{self.hint(path)}"
+            raise DataError("D103", said if said.endswith("?") else f"{said}.", fix)
         return path
 
     def hint(self, path: Path) -> str:

@@ -37,6 +37,23 @@ def resolve(name: str) -> str:
     return str(path)
 
 
+def local_directory(name: str) -> Path:
+    """The folder of a model's weights, fetched if need be. Args: name: directory, hub id or `package:NAME/PATH`.
+
+    Raises: EnvironmentFault E420 if it is not to be had.
+    """
+    from huggingface_hub import snapshot_download
+
+    source = resolve(name)
+    if Path(source).is_dir():
+        return Path(source)
+    try:
+        with hub_or_cache():
+            return Path(snapshot_download(source, allow_patterns=["*.safetensors"]))
+    except (OSError, ValueError) as error:
+        raise unreachable(source, error) from error
+
+
 @contextlib.contextmanager
 def hub_or_cache() -> Iterator[None]:
     """Let the libraries inside the block ask the model hub, or their caches alone if it does not answer.
@@ -51,6 +68,19 @@ def hub_or_cache() -> Iterator[None]:
         yield
     finally:
         constants.HF_HUB_OFFLINE = before
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Without transformers' table of the tensors it did not use: the half of a model of which nothing is wanted."""
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
 
 
 def _answers(endpoint: str) -> bool:

@@ -1,4 +1,4 @@
-"""What a run starts from: the projector of another run, on the base parts it was trained on."""
+"""What a run starts from: the projector of another run, on the base parts it was trained on, or a LLaVA's."""
 
 from __future__ import annotations
 
@@ -6,8 +6,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from vlmpeft.errors import ModelError
-from vlmpeft.manifest import verify
+from torch import Tensor
+
+from vlmpeft.errors import CheckpointError, ModelError
+from vlmpeft.llava_source import HF, read_projector
+from vlmpeft.manifest import MANIFEST, verify
 from vlmpeft.projectors.base import NEWLINE
 from vlmpeft.recipe import Recipe
 from vlmpeft.vlm import VLM
@@ -29,21 +32,33 @@ def check_base(recipe: Recipe, prints: Prints, directory: Path, manifest: Mappin
             raise ModelError("M501", message, fix)
 
 
-def start_from(model: VLM, recipe: Recipe, prints: Prints, directory: Path) -> None:
-    """Take the projector of another run's model directory, as stage 2 starts from stage 1.
+def start_from(model: VLM, recipe: Recipe, prints: Prints, init: str | Path) -> None:
+    """Take the projector of another run's model directory, as stage 2 starts from stage 1, or that of `hf:NAME`.
 
     Raises: ModelError M501 for another base; M533 if that run tuned more than the projector: this run would not carry
     it; M502 for another shape, or a newline that only one of them has.
     """
+    if str(init).startswith(HF):
+        _take(model, read_projector(str(init)), str(init), "what init names")
+        return
+    directory = Path(init)
+    if (directory / "config.json").is_file() and not (directory / MANIFEST).is_file():
+        message = f"init={directory} is a directory of transformers, no model directory."
+        raise CheckpointError("K202", message, f"write init={HF}{directory}.")
     manifest = verify(directory)
     check_base(recipe, prints, directory, manifest)
     more = [name for name in manifest["trained"] if not name.startswith("projector.")]
     if more:
         message = f"init={directory} also tuned '{more[0]}' ({len(more)} tensors), which this run cannot start from."
         raise ModelError("M533", message, "export a merged base first.")
-    state, found = model.projector.state_dict(), read_tensors(directory / PROJECTOR)
+    _take(model, read_tensors(directory / PROJECTOR), directory / PROJECTOR, f"init={directory}")
+
+
+def _take(model: VLM, found: dict[str, Tensor], file: Path | str, start: str) -> None:
+    """Put the tensors found in a file into the projector. Args: start: the file's model, for messages."""
+    state = model.projector.state_dict()
     if (NEWLINE in found) != (NEWLINE in state):
         merge = "spatial_unpad" if NEWLINE in found else "flat"
-        message = f"init={directory} was trained with data.tile_merge={merge}, this run has another."
+        message = f"{start} was trained with data.tile_merge={merge}, this run has another."
         raise ModelError("M502", message, f"set data.tile_merge={merge}.")
-    assign(state, check_tensors(directory / PROJECTOR, found, state))
+    assign(state, check_tensors(file, found, state))

@@ -5,9 +5,7 @@ Letters: i images, n tokens, d width.
 
 from __future__ import annotations
 
-import contextlib
 import inspect
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +14,8 @@ from torch import Tensor, nn
 
 from vlmpeft.encoder import MARK, Encoder, Loaded, Pixels, layer_index, triple
 from vlmpeft.errors import ModelError
-from vlmpeft.sources import require_complete, resolve, unreachable
+from vlmpeft.llava_layout import HALVES, KINDS
+from vlmpeft.sources import quiet, require_complete, resolve, unreachable
 from vlmpeft.vision_weights import By, Misfit, load_weights, read_weights
 
 PREFIX = ("class_embedding", "cls_token", "distillation_token")  # parameters that are one token before the patches
@@ -108,14 +107,15 @@ def load_transformers(name: str, *, pretrained: bool, file: Path | None, by: By,
 
     source = resolve(name)
     try:
-        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+        config: Any = AutoConfig.from_pretrained(source, trust_remote_code=False)
+        half = {"key_mapping": HALVES["vision"]} if config.model_type in KINDS else {}
         config = getattr(config, "vision_config", config)
-        with torch.random.fork_rng(devices=[]), _quiet():
+        with torch.random.fork_rng(devices=[]), quiet():
             torch.manual_seed(0)  # random weights are the same ones wherever the model is loaded again
             if pretrained:
                 model, info = AutoModel.from_pretrained(
                     source, config=config, trust_remote_code=False, output_loading_info=True,
-                    ignore_mismatched_sizes=True,
+                    ignore_mismatched_sizes=True, **half,
                 )  # fmt: skip
                 require_complete(name, info)
             else:
@@ -136,7 +136,7 @@ def _with_weights(model: Any, file: Path, by: By) -> Any:
     if by == "order":
         load_weights(model, file, by)
         return model
-    with _quiet():
+    with quiet():
         loaded, info = type(model).from_pretrained(
             None, config=model.config, state_dict=dict(read_weights(file)), output_loading_info=True,
             ignore_mismatched_sizes=True,
@@ -177,16 +177,3 @@ def _side(values: Any, key: str) -> int | None:
     if isinstance(found, list | tuple):
         found = found[0]
     return int(found) if found else None
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without transformers' table of tensors that it did not use: the text half, of which nothing is wanted."""
-    from transformers.utils import logging
-
-    before = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(before)

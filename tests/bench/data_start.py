@@ -59,8 +59,9 @@ def start(path: Path) -> None:
 
     how = Preparation(DataConfig(images=str(path.parent / "images")), TurnEncoder(make_tokenizer(), "vicuna_v1", 576))
     before, began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
+    worked = time.process_time()
     found = prepare([DataFile(str(path))], how)
-    ready = time.perf_counter() - began
+    ready, busy = time.perf_counter() - began, time.process_time() - worked
     steps = epoch_batches(found.samples, 128, "modality", 0, 0)
     planned = time.perf_counter() - began - ready
     for i in steps[0]:
@@ -68,7 +69,7 @@ def start(path: Path) -> None:
     read = (time.perf_counter() - began - ready - planned) / len(steps[0])
     peak = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
     print(
-        f"ready {ready:.1f} s, epoch of {len(steps):,} steps planned in {planned:.1f} s, "
+        f"ready {ready:.1f} s ({busy:.1f} s of CPU), epoch of {len(steps):,} steps planned in {planned:.1f} s, "
         f"{read * 1e6:.0f} us a sample, peak +{peak:.0f} MiB",
         flush=True,
     )
