@@ -86,6 +86,11 @@ def everything(place: Places) -> Tensor:
     return place.size > 0
 
 
+def nothing(place: Places) -> Tensor:
+    """No token: the control of a series of shares."""
+    return torch.zeros_like(place.size, dtype=torch.bool)
+
+
 def spread(count: Tensor, place: Places) -> Tensor:
     """`count` tokens of each image at equal distances: floor((i + 0.5) n / count), i = 0 ... count - 1.
 
@@ -99,7 +104,9 @@ def spread(count: Tensor, place: Places) -> Tensor:
 
 
 def ratio(share: float) -> Choice:
-    """max(1, round(share n)) tokens of each image, evenly spread."""
+    """max(1, round(share n)) tokens of each image, evenly spread; none for a share of 0."""
+    if share == 0:
+        return nothing
     return lambda place: spread((place.size * share).round().long().clamp_min(1), place)
 
 
@@ -143,7 +150,7 @@ def parse(text: str) -> Choice:
     """A choice from its name in a recipe. Raises: ConfigError C102 with the names there are."""
     patterns: list[tuple[str, Callable[..., Choice]]] = [
         (r"all", lambda: everything),
-        (r"ratio:([\d.]+)", lambda p: ratio(_share(p, text))),
+        (r"ratio:([\d.]+)", lambda p: ratio(_share(p, text, 0.0))),
         (r"first_last:(\d+),(\d+)", lambda n, m: _ends(int(n), int(m), text)),
         (r"uniform:(\d+)", lambda n: uniform(_count(int(n), text))),
         (r"random:(\d+)", lambda seed: random(SHARE, int(seed))),
@@ -155,12 +162,13 @@ def parse(text: str) -> Choice:
     raise ConfigError("C102", f"positions='{text}' is no choice of image tokens.", f"use {NAMES}.")
 
 
-def _share(text: str, whole: str) -> float:
+def _share(text: str, whole: str, none: float | None = None) -> float:
+    """A share from its text. Args: none: the one below the range that is allowed too."""
     try:
         value = float(text)
     except ValueError:
         value = -1.0
-    if not 0 < value <= 1:
+    if value != none and not 0 < value <= 1:
         raise ConfigError("C102", f"positions='{whole}': {text} is no share.", "use a number above 0, at most 1.")
     return value
 

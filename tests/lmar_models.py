@@ -47,8 +47,14 @@ def batch(side: str) -> dict[str, Tensor]:
 
 def from_matrices(attentions: Any, inputs: dict[str, Tensor], queries: str) -> tuple[Tensor, Tensor]:
     """Ratio (n, l) and mass (n, l) by the definition, from the matrices (b, h, s, s) that eager attention returns."""
+    image, text, mass = alphas_from_matrices(attentions, inputs, queries)
+    return image / text, mass
+
+
+def alphas_from_matrices(attentions: Any, inputs: dict[str, Tensor], queries: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Attention an image and a text token get, and mass, (n, l) each."""
     ids, mask, labels = inputs["input_ids"], inputs["attention_mask"].bool(), inputs["labels"]
-    ratio, mass = (torch.zeros(len(ids), len(attentions)) for _ in range(2))
+    image_alpha, text_alpha, share = (torch.zeros(len(ids), len(attentions)) for _ in range(3))
     for layer, weights in enumerate(attentions):
         for b in range(len(ids)):
             image = {i for i in range(ids.shape[1]) if ids[b, i] == IMAGE_ID}
@@ -58,9 +64,8 @@ def from_matrices(attentions: Any, inputs: dict[str, Tensor], queries: str) -> t
             alphas = []
             for q in sorted(asked):
                 sees = [sorted(i for i in x if i <= q) for x in (image, real - image - answer)]
-                mass[b, layer] += weights[b, :, q, sees[0]].sum(-1).mean() / len(asked)
+                share[b, layer] += weights[b, :, q, sees[0]].sum(-1).mean() / len(asked)
                 if all(sees):
                     alphas.append([weights[b, :, q, x].mean(-1).mean() for x in sees])
-            on_image, on_text = torch.tensor(alphas).mean(0)
-            ratio[b, layer] = on_image / on_text
-    return ratio, mass
+            image_alpha[b, layer], text_alpha[b, layer] = torch.tensor(alphas).mean(0)
+    return image_alpha, text_alpha, share

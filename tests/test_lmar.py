@@ -149,6 +149,15 @@ def test_shares_of_image_text_and_rest_sum_to_one() -> None:
     torch.testing.assert_close(total, torch.ones(2, 4), rtol=1e-6, atol=0)
 
 
+def test_the_order_of_image_keys_does_not_matter() -> None:
+    routing = routing_for("ssiiiiiiuutaaa")
+    call, asked = random_call(routing), asked_of(routing, "prompt", "output", 0)
+    order = torch.arange(14)
+    order[2:8] = order[2:8][torch.tensor([3, 0, 5, 1, 4, 2])]
+    one, other = attended(call, asked), attended(replace(call, key=call.key[:, :, order]), asked)
+    torch.testing.assert_close(one.image / one.text, other.image / other.text, rtol=1e-6, atol=0)
+
+
 def test_the_ratio_rises_with_the_images_logits() -> None:
     routing = routing_for("ssiiiiuutaaa")
     call, asked = random_call(routing), asked_of(routing, "prompt", "output", 0)

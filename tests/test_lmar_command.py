@@ -201,13 +201,13 @@ def test_the_box_of_a_photo_is_what_the_model_is_shown(mode: Any, size: tuple[in
 def test_a_token_is_drawn_where_it_lies_on_the_photo(size: tuple[int, int]) -> None:
     weights = np.zeros((6, 6), np.float32)
     weights[3, 2] = 1.0  # in a padded square of 90 pixels: rows 45 to 60, columns 30 to 45
-    drawn = _upsampled(Heat("", weights, box_of("pad", size)), size)
+    drawn = _upsampled(weights, box_of("pad", size), size)
     assert drawn.shape == (size[1], size[0])
     row, column = np.unravel_index(drawn.argmax(), drawn.shape)
     shift = (15, 0) if size == (90, 60) else (0, 15)
     assert 45 <= row + shift[0] < 60
     assert 30 <= column + shift[1] < 45
-    short = _upsampled(Heat("", np.ones((2, 2), np.float32), box_of("square", size)), size)
+    short = _upsampled(np.ones((2, 2), np.float32), box_of("square", size), size)
     assert (short == 0).sum() == 60 * 30  # what the crop leaves out is not coloured
 
 
@@ -239,6 +239,14 @@ def test_figures_are_the_same_bytes_every_time_and_bear_layers_without_values() 
     assert one.width < two.width
     empty = heat_figure(photo, [Heat("none", np.zeros((3, 3), np.float32), (0, 0, 30, 20))], "")
     assert Image.open(io.BytesIO(empty)).size == one.size
+
+
+def test_maps_of_unequal_grids_are_compared_by_area() -> None:
+    photo = Image.new("RGB", (60, 40), "gray")
+    coarse, fine = (Heat("a run", np.full((n, n), 0.4 / n**2, np.float32), (0, 0, 60, 40)) for n in (3, 6))
+    figures = [heat_figure(photo, pair, "why?") for pair in ([coarse, fine], [fine, coarse], [coarse, coarse])]
+    assert figures[0] == figures[1]  # the same attention an area looks the same
+    assert figures[0] != figures[2]  # where grids are alike the scale is that of one token
 
 
 def test_chosen_reads_the_command_line() -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from lmar_models import batch, from_matrices, llava
+from lmar_models import alphas_from_matrices, batch, from_matrices, llava
 from tiny_models import IMAGE_ID, hf_llava, our_inputs, our_vlm
 
 from vlmpeft.errors import ModelError
@@ -34,6 +34,18 @@ def test_it_equals_the_attention_matrices_that_eager_attention_returns(
     torch.testing.assert_close(probe.mass_per_sample(), mass, rtol=1e-5, atol=0)
     torch.testing.assert_close(probe.ratio(), ratio.mean(0), rtol=1e-5, atol=0)
     assert probe.skipped == 0
+
+
+def test_samples_count_by_their_ratios_and_not_by_their_attention() -> None:
+    """Eq. 2 is a mean of ratios: the ratio of means is another number where samples differ."""
+    inputs, streamed, eager = batch("left"), llava("sdpa"), llava("eager")
+    with torch.no_grad(), lmar(streamed, text_scope="prompt") as probe:
+        streamed(**inputs)
+    with torch.no_grad():
+        matrices = eager(**inputs, output_attentions=True).attentions
+    image, text, _ = alphas_from_matrices(matrices, inputs, "output")
+    torch.testing.assert_close(probe.ratio(), (image / text).mean(0), rtol=1e-5, atol=0)
+    assert ((image.mean(0) / text.mean(0)) / probe.ratio() - 1).abs().min() > 5e-3
 
 
 def test_heads_by_themselves_equal_the_matrices_heads() -> None:

@@ -52,6 +52,30 @@ def test_only_steered_positions_of_a_blocks_output_change(kind: str, language_di
 
 
 @KINDS
+def test_a_block_reads_the_same_at_all_but_steered_positions(kind: str, language_dir: Path) -> None:
+    model, inputs = make(kind, language_dir)
+    read: list[Tensor] = []
+    for block in parts_of(model).blocks:  # the first thing in a block, behind the steering of its input
+        norm: Any = block.input_layernorm
+        norm.register_forward_pre_hook(lambda module, args: read.append(args[0]))
+    logits(model, inputs)
+    randomise(tune(model, [MoReS(positions="first_last:1,1")]).trainable())
+    logits(model, inputs)
+    before, after = read[:2], read[2:]
+    changed = [(one != other).any(-1)[0] for one, other in zip(before, after, strict=True)]
+    assert changed[0].nonzero().flatten().tolist() == [1, 4]
+    assert changed[1].tolist() == [False, *[True] * 7]  # the first block's attention has carried it on
+
+
+@KINDS
+def test_a_ratio_of_zero_leaves_the_model_bit_for_bit(kind: str, language_dir: Path) -> None:
+    model, inputs = make(kind, language_dir)
+    before = logits(model, inputs)
+    randomise(tune(model, [MoReS(positions="ratio:0", init="reference")]).trainable())
+    assert logits(model, inputs).equal(before)
+
+
+@KINDS
 @pytest.mark.parametrize("reentrant", [None, False, True])
 @pytest.mark.parametrize("site", ["block_input", "block_output"])
 def test_checkpointed_gradients_are_those_without_and_reach_every_unit(

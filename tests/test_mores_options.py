@@ -123,6 +123,19 @@ def test_the_table_of_a_tuned_model_says_what_the_paper_counts(language_dir: Pat
         assert "  projector  " in text
 
 
+def test_evaluation_is_the_same_every_time_and_dropout_rests(language_dir: Path) -> None:
+    model, inputs = make("ours", language_dir)
+    tuned = tune(model, [MoReS(positions="all", dropout=0.5)])
+    randomise(tuned.trainable())
+    first = logits(model.eval(), inputs)
+    assert logits(model, inputs).equal(first)
+    model.language.steering.units.dropout = 0.0
+    assert logits(model, inputs).equal(first)
+    model.language.steering.units.dropout = 0.5
+    assert not logits(model.train(), inputs).equal(first)
+    assert logits(model.eval(), inputs).equal(first)
+
+
 def test_weight_decay_leaves_steering_alone(language_dir: Path) -> None:
     model, _ = make("ours", language_dir)
     tuned = tune(model, {"mores": MoReS(rank=2), "projector": Full("projector")})

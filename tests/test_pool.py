@@ -18,15 +18,21 @@ from vlmpeft.decode import Request
 from vlmpeft.errors import ModelError
 from vlmpeft.pool import AdapterPool
 from vlmpeft.steering import MoReS
-from vlmpeft.tuners import IA3, BitFit, Full, LoRA
+from vlmpeft.tuners import IA3, BitFit, BottleneckAdapter, Full, LoRA, UniPELT
 
 Rows = list[str | None]
-TUNERS = {"small": LoRA(2), "large": LoRA(5, alpha=5.0), "scaled": IA3(), "seeing": LoRA(3, where="visual")}
-NAMES: list[Rows] = [["small", "large"], ["large", None], ["scaled", "small"], ["seeing", "seeing"], [None, "seeing"]]
+TUNERS = {
+    "small": LoRA(2), "large": LoRA(5, alpha=5.0), "scaled": IA3(), "seeing": LoRA(3, where="visual"),
+    "boxed": BottleneckAdapter(4), "reading": BottleneckAdapter(6, "pfeiffer", where="text"),
+}  # fmt: skip
+NAMES: list[Rows] = [
+    ["small", "large"], ["large", None], ["scaled", "small"], ["seeing", "seeing"], [None, "seeing"],
+    ["boxed", "reading"], ["reading", "large"],
+]  # fmt: skip
 
 
 def make(kind: str, language_dir: Path) -> tuple[AdapterPool, dict[str, Tensor]]:
-    """A pool of four adapters with random weights, on ours or on Hugging Face's LLaVA, and a batch of two rows."""
+    """A pool of six adapters with random weights, on ours or on Hugging Face's LLaVA, and a batch of two rows."""
     model = our_vlm(language_dir) if kind == "ours" else hf_llava()
     inputs = our_inputs() if kind == "ours" else hf_inputs()
     if kind == "hf":
@@ -94,12 +100,12 @@ def test_an_adapter_of_the_pool_is_the_one_that_tune_makes(language_dir: Path) -
 
 @KINDS
 @pytest.mark.parametrize("reentrant", [None, False, True])
+@pytest.mark.parametrize("names", [["small", "scaled"], ["large", "boxed"]], ids=str)
 def test_gradients_of_a_mixed_batch_are_those_of_its_rows(
-    kind: str, reentrant: bool | None, language_dir: Path
+    kind: str, names: list[str], reentrant: bool | None, language_dir: Path
 ) -> None:
     pool, inputs = make(kind, language_dir)
-    trained = pool.train(["small", "scaled"])
-    names: Rows = ["small", "scaled"]
+    trained = pool.train(names)
 
     def gradients(outputs: list[Tensor]) -> dict[str, Tensor]:
         loss = sum((out * torch.linspace(-1, 1, out.numel()).view(out.shape)).sum() for out in outputs)
@@ -108,7 +114,7 @@ def test_gradients_of_a_mixed_batch_are_those_of_its_rows(
         pool.tuned.model.zero_grad()
         return found
 
-    expected = gradients(alone(pool, inputs, names))
+    expected = gradients(alone(pool, inputs, [*names]))
     pool.tuned.model.train()
     if reentrant is not None:
         language = pool.tuned.model.language if kind == "ours" else pool.tuned.model  # type: ignore[union-attr]
@@ -142,7 +148,7 @@ def test_delete_leaves_the_others_and_at_last_the_base_bit_for_bit(kind: str, la
     pool, inputs = make(kind, language_dir)
     with pool.rows(["small", "scaled"]):
         expected = logits(pool, inputs)
-    for name in ("large", "seeing"):
+    for name in ("large", "seeing", "boxed"):
         pool.delete(name)
     with pool.rows(["small", "scaled"]):
         assert torch.equal(logits(pool, inputs), expected)
@@ -179,20 +185,22 @@ def test_one_is_active_at_a_time_and_a_disabled_one_cannot_be_named(language_dir
 def test_a_saved_adapter_is_pefts_and_comes_back_under_any_name(language_dir: Path, tmp_path: Path) -> None:
     pool, _ = make("ours", language_dir)
     ids = {"input_ids": torch.tensor([[7, 8, 9, 10]])}
-    for name in ("large", "seeing", "scaled"):
+    for name in ("large", "seeing", "scaled", "boxed"):
         pool.save(name, tmp_path / name)
     pool.activate("large")
     theirs: Any = PeftModel.from_pretrained(
         AutoModelForCausalLM.from_pretrained(language_dir), tmp_path / "large" / "adapters" / "large"
     )
     assert (theirs(**ids).logits - logits(pool, ids)).abs().max() <= 1e-5
-    expected = {name: [p.clone() for p in pool.parameters(name).values()] for name in ("large", "seeing", "scaled")}
+    expected = {
+        name: [p.clone() for p in pool.parameters(name).values()] for name in ("large", "seeing", "scaled", "boxed")
+    }
     pool.add("again", tmp_path / "large")
-    for name in ("seeing", "scaled"):
+    for name in ("seeing", "scaled", "boxed"):
         pool.delete(name)
         pool.add(name, TUNERS[name])
         pool.load(name, tmp_path / name)
-    for name, other in (("large", "again"), ("seeing", "seeing"), ("scaled", "scaled")):
+    for name, other in (("large", "again"), *((n, n) for n in ("seeing", "scaled", "boxed"))):
         for old, new in zip(expected[name], pool.parameters(other).values(), strict=True):
             assert torch.equal(old, new)
 
@@ -218,7 +226,7 @@ def test_generation_mixes_adapters_row_by_row(tmp_path: Path) -> None:
         pool.add(name, tuner)
         randomise(pool.parameters(name), seed)
     picture = bundle.blank_image(_picture(tmp_path))
-    asked = [("small", None), ("large", picture), (None, picture), ("scaled", picture), ("large", picture)]
+    asked = [("small", None), ("large", picture), (None, picture), ("boxed", picture), ("large", picture)]
     requests = [
         Request(() if image is None else (image,), f"What is shown{'?' * (number + 1)}")
         for number, (_, image) in enumerate(asked)
@@ -258,7 +266,7 @@ def test_transformers_generate_takes_rows_as_well(language_dir: Path) -> None:
 def test_what_cannot_be_chosen_by_rows_is_refused_and_leaves_nothing(language_dir: Path) -> None:
     pool, inputs = make("ours", language_dir)
     before, names = state_of(pool.tuned.model), pool.names
-    for tuner in (Full("language"), LoRA(2, part="vision"), MoReS(), BitFit()):
+    for tuner in (Full("language"), LoRA(2, part="vision"), MoReS(), BitFit(), UniPELT(2, tokens=2)):
         with pytest.raises(ModelError, match="M591"):
             pool.add("new", tuner)
     with pytest.raises(ModelError, match="M550"):
@@ -273,7 +281,7 @@ def test_what_cannot_be_chosen_by_rows_is_refused_and_leaves_nothing(language_di
     assert not changed(before, pool.tuned.model)
     with pool.rows(["small"]), pytest.raises(ModelError, match=r"M592.*1 rows, but a layer got 2"):
         logits(pool, inputs)
-    with pytest.raises(ModelError, match=r"M556.*in a pool"):
+    with pytest.raises(ModelError, match=r"M556.*cannot be merged"):
         pool.tuned.merge()
 
 

@@ -35,6 +35,11 @@ def test_a_ratio_takes_evenly_spread_tokens_of_the_image(n: int, share: float) -
     assert [i - 3 for i in taken(f"ratio:{share}", row(n))] == expected
 
 
+@pytest.mark.parametrize("text", ["ratio:0", "ratio:0.0"])
+def test_a_ratio_of_zero_takes_none(text: str) -> None:
+    assert taken(text, row(10, 1)) == []
+
+
 @pytest.mark.parametrize("n", SIZES)
 @pytest.mark.parametrize("count", [1, 9, 400, 5000])
 def test_uniform_takes_that_many_tokens_or_all(n: int, count: int) -> None:
@@ -86,7 +91,7 @@ def test_text_is_counted_over_the_whole_row() -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["ratio:0", "ratio:1.5", "uniform:0", "first_last:0,0", "first:4", "ratio:.", "random:2,1"]
+    "text", ["random:0,1", "ratio:1.5", "uniform:0", "first_last:0,0", "first:4", "ratio:.", "random:2,1"]
 )
 def test_a_wrong_choice_is_refused_with_its_text(text: str) -> None:
     with pytest.raises(ConfigError, match=f"positions='{text}'"):

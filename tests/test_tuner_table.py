@@ -131,6 +131,12 @@ def test_on_a_quantised_base_it_acts_as_on_the_weights_that_stand_for_it(name: s
         return
     tuned = tune(model, [tuner])
     randomise(tuned.trainable())
-    torch.testing.assert_close(logits(model, given), logits(dense_twin(model), given), rtol=1e-4, atol=1e-4)
-    model(**given).loss.backward()
-    assert all(parameter.grad is not None for parameter in tuned.trainable().values())
+    twin = dense_twin(model)
+    torch.testing.assert_close(logits(model, given), logits(twin, given), rtol=1e-4, atol=1e-4)
+    for one in (model, twin):
+        one(**given).loss.backward()
+    dense = {name: p.grad for name, p in twin.named_parameters() if p.requires_grad}
+    assert dense.keys() == tuned.trainable().keys()
+    for key, parameter in tuned.trainable().items():
+        assert dense[key].abs().max() > 0, key
+        assert (parameter.grad - dense[key]).abs().max() <= 1e-4 * max(1.0, float(dense[key].abs().max())), key

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from vlmpeft import tune
 from vlmpeft.batch import IMAGE_TOKEN_ID
 from vlmpeft.errors import ConfigError
 from vlmpeft.pool import AdapterPool
-from vlmpeft.tuners import Full, LoRA
+from vlmpeft.tuners import BottleneckAdapter, Full, LoRA
 from vlmpeft.tuners.attachment import Attachment
 
 # Those of virtual tokens are in test_virtual_tokens.py.
@@ -98,24 +99,41 @@ def test_generation_with_a_cache_is_that_without(name: str, language_dir: Path) 
     assert model.generate(**prompt, **FIXED, use_cache=False).equal(cached)
 
 
-@pytest.mark.parametrize("method", sorted(set(GATED) - {"bottleneck"}))  # which is no adapter on a linear layer
-@torch.no_grad()
+OTHERS = {"bottleneck": BottleneckAdapter(5)}  # beside a LoRA of another rank for all the rest
+
+
+@pytest.mark.parametrize("method", GATED)
 def test_rows_of_a_batch_may_each_have_an_adapter_of_another_kind(method: str, language_dir: Path) -> None:
+    """Outputs, and the gradients of both adapters, are those of every row by itself."""
     model, given = make("ours", language_dir)
     given["input_ids"][1, :5] = given["input_ids"][0, :5]
     given["pixel_values"] = torch.cat([given["pixel_values"], -given["pixel_values"]])
     pool = AdapterPool(tune(model, [Full("projector")]))
-    for seed, (name, tuner) in enumerate({"one": GATED[method], "other": LoRA(3, targets="minimal")}.items()):
+    members = {"one": GATED[method], "other": OTHERS.get(method, LoRA(3, targets="minimal")), "third": LoRA(2)}
+    for seed, (name, tuner) in enumerate(members.items()):
         pool.add(name, tuner)
         randomise(pool.parameters(name), seed)
+    trained = pool.train(list(members))
     given = {key: value for key, value in given.items() if key != "labels"}
-    for names in (["one", "other"], ["other", "one"], [None, "one"]):
+
+    def run(names: Sequence[str | None], row: int | None = None) -> Tensor:
+        rows = slice(None) if row is None else slice(row, row + 1)
         with pool.rows(names):
-            mixed = logits(model, given)
+            out: Tensor = model(**{key: value[rows] for key, value in given.items()}).logits
+        return out
+
+    def gradients(outs: Sequence[Tensor]) -> list[Tensor]:
+        weights = torch.linspace(-1, 1, outs[0][0].numel()).view(outs[0][0].shape)
+        total = sum((out * weights).sum() for out in outs)
+        found = torch.autograd.grad(total, list(trained.values()), allow_unused=True, materialize_grads=True)  # type: ignore[arg-type]
+        return list(found)
+
+    base = run([None, None])
+    for names in (["one", "other"], ["other", "one"], [None, "one"], ["one", "third"]):
+        mixed, alone = run(names), [run([name], row) for row, name in enumerate(names)]
+        torch.testing.assert_close(mixed, torch.cat(alone), rtol=1e-5, atol=1e-5)
         for row, name in enumerate(names):
-            pool.activate(name)
-            alone = logits(model, {key: value[row : row + 1] for key, value in given.items()})
-            torch.testing.assert_close(mixed[row], alone[0], rtol=1e-5, atol=1e-5)
-            pool.activate(None)
-            base = logits(model, {key: value[row : row + 1] for key, value in given.items()})
-            assert torch.allclose(alone, base, atol=1e-4) == (name is None)
+            assert torch.allclose(mixed[row], base[row], atol=1e-4) == (name is None)
+        for key, mine, theirs in zip(trained, gradients([mixed]), gradients(alone), strict=True):
+            scale = max(1.0, float(theirs.abs().max()))
+            assert (mine - theirs).abs().max() <= 1e-5 * scale, key

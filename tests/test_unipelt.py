@@ -69,17 +69,24 @@ def written_out(block: Any, prefix: GatedPrefix, number: int, hidden: Tensor, ro
     return hidden + given + gate(adapter.gate, y) * update
 
 
-def test_logits_and_gradients_are_those_of_the_formulas() -> None:
-    model, prefix = tuned_llava()
+@pytest.mark.parametrize("prompts", [0, 2])
+def test_logits_and_gradients_are_those_of_the_formulas(prompts: int) -> None:
+    """Prompt tuning on top puts its tokens between the prefix and the text, and every gate sees them."""
+    model, prefix = tuned_llava(*([PromptTuning(prompts)] if prompts else []))
     decoder, ids = model.model.language_model, torch.tensor([[5, 6, 7, 8, 9]])
-    rotary = decoder.rotary_emb(torch.zeros(1, 5, 32), torch.arange(N, N + 5)[None])
+    size = prompts + 5
+    rotary = decoder.rotary_emb(torch.zeros(1, size, 32), torch.arange(N, N + size)[None])
     hidden = decoder.embed_tokens(ids)
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if prompts:
+        (own,) = [p for name, p in parameters.items() if "prompt_tuning" in name]
+        assert own.shape == (prompts, 32)
+        hidden = torch.cat([own[None], hidden], 1)
     for number, block in enumerate(decoder.layers):
         hidden = written_out(block, prefix, number, hidden, rotary)
-    expected = model.lm_head(decoder.norm(hidden))
+    expected = model.lm_head(decoder.norm(hidden))[:, prompts:]
     found = model(input_ids=ids).logits
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
-    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     weights = torch.linspace(-1, 1, found.numel()).view(found.shape)
     gradients = [torch.autograd.grad((out * weights).sum(), list(parameters.values())) for out in (found, expected)]
     for name, mine, other in zip(parameters, *gradients, strict=True):
@@ -102,6 +109,7 @@ def test_a_prefix_behind_closed_gates_is_nothing_but_keys_of_zeros() -> None:
 def test_it_trains_as_many_numbers_as_the_paper_says(language_dir: Path) -> None:
     roberta = {"blocks": 12, "d": 768, "r": 8, "linears": 2, "tokens": 10, "hidden": 512, "dim": 768 // 16}
     assert parameter_count(**roberta) == 11_083_376  # the paper's table 6
+    assert parameter_count(**roberta) + 10 * roberta["d"] == 11_091_056  # ten prompts on top
     model = our_vlm(language_dir)
     count = sum(p.numel() for p in tune(model, [UniPELT(targets=("q_proj", "o_proj"), hidden=7)]).trainable().values())
     shared = 10 * 16 + 16 * 7 + 2 * (7 * 2 * 16 + 2 * 16)  # two heads share keys, which are 16 numbers less wide than d

@@ -28,7 +28,7 @@ from vlmpeft.batch import IMAGE_TOKEN_ID
 from vlmpeft.errors import ModelError
 from vlmpeft.parts import parts_of
 from vlmpeft.steering import MoReS
-from vlmpeft.tuners import LoRA, PrefixTuning, PromptTuning, PTuningV2
+from vlmpeft.tuners import BottleneckAdapter, LoRA, PrefixTuning, PromptTuning, PTuningV2
 
 TUNERS = {
     "prefix": PrefixTuning(3, hidden=None),
@@ -212,6 +212,22 @@ def test_what_depends_on_where_the_image_is_still_finds_it_behind_prompts(kind: 
     without = logits(model, inputs)
     assert with_all[0, 0].equal(without[0, 0])  # a text token before the image
     assert (with_all[0, 1:] != without[0, 1:]).any(-1).all()
+
+
+@EACH
+@KINDS
+def test_they_stand_beside_bottlenecks_in_either_order(tuner: Any, kind: str, language_dir: Path) -> None:
+    model, inputs = make(kind, language_dir)
+    before, outs = logits(model, inputs), []
+    for tuners in ([BottleneckAdapter(4), tuner], [tuner, BottleneckAdapter(4)]):
+        tuned = tune(model, tuners)
+        with torch.no_grad():
+            for _, parameter in sorted(tuned.trainable().items()):
+                parameter.copy_(torch.linspace(-0.5, 0.5, parameter.numel()).view(parameter.shape))
+        outs.append(logits(model, inputs))
+        tuned.remove()
+        assert logits(model, inputs).equal(before)
+    torch.testing.assert_close(outs[0], outs[1], rtol=1e-5, atol=1e-5)
 
 
 @KINDS

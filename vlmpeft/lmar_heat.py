@@ -78,8 +78,8 @@ def heats(bundle: Bundle, shown: Shown, wanted: Chosen, name: str) -> list[Heat]
     found = image_attention(bundle.model, bundle.parts, row, lambda: run(bundle, [shown]))  # (l, h, i)
     first = found[..., : math.prod(grid)].mean(1).unflatten(1, grid)  # (l, rows, columns)
     box = box_of(bundle.image_transform.mode, photo_of(bundle, shown).size)
-    maps: Sequence[tuple[str, Tensor]] = [(f"{name}, layer {layer}", first[layer]) for layer in wanted.layers]
-    return [Heat(title, x.numpy(), box) for title, x in maps or [(name, first.mean(0))]]
+    maps: Sequence[tuple[str, Tensor]] = [(f"{name}\nlayer {layer}", first[layer]) for layer in wanted.layers]
+    return [Heat(title, x.numpy(), box) for title, x in maps or [(f"{name}\nmean of layers", first.mean(0))]]
 
 
 def position(shown: Shown, token: int) -> int:

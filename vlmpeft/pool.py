@@ -19,6 +19,8 @@ from vlmpeft.routing import rows_with
 from vlmpeft.tune import Applied, Tuned
 from vlmpeft.tuners.attachment import Attachment
 from vlmpeft.tuners.base import Tuner
+from vlmpeft.tuners.bottleneck import BottleneckAdapter
+from vlmpeft.tuners.bottleneck_layers import Bottleneck
 from vlmpeft.tuners.linear import AdaptedLinear, LinearTuner, Slot
 from vlmpeft.tuners.lora import lora_from_peft
 from vlmpeft.weights import PROJECTOR, assign, read_tuned, write_tuned
@@ -32,7 +34,7 @@ class Member:
 
     tuner: Tuner
     slot: Slot
-    layers: Sequence[AdaptedLinear]
+    layers: Sequence[AdaptedLinear | Bottleneck]
     parameters: Sequence[nn.Parameter]
 
     @property
@@ -42,7 +44,7 @@ class Member:
 
 
 class AdapterPool:
-    """Adapters of any ranks and kinds on the linear layers of one language model, frozen until `train` names them.
+    """Adapters of any ranks and kinds on the layers of one language model's blocks, frozen until `train` names them.
 
     A layer computes its base once for the whole batch, then each adapter for its own rows: no rank is padded. What the
     tuners of `tuned` train (a projector, say) is beneath the pool and stays.
@@ -84,18 +86,18 @@ class AdapterPool:
             raise
 
     def _attach(self, tuner: Tuner) -> Member:
-        """Apply a tuner. Raises: as the tuner; ModelError M591 unless it adapts linear layers and no more."""
-        if not isinstance(tuner, LinearTuner) or tuner.part != "language":
-            message = f"{tuner.kind} on {tuner.part} is no adapter on linear layers of the language model's blocks."
+        """Apply a tuner. Raises: as the tuner; ModelError M591 unless it adapts linear layers or is a bottleneck."""
+        if not isinstance(tuner, LinearTuner | BottleneckAdapter) or tuner.part != "language":
+            message = f"{tuner.kind} on {tuner.part} is no adapter on layers of the language model's blocks."
             raise ModelError("M591", message, "rows cannot choose it; apply it with vlmpeft.tune.")
         before = set(self._attachments())
         slot = Slot(next(self._numbers))
         try:
             trained = tuner.apply(self.tuned.model, self.tuned.parts)
             added = [m for m in self._attachments() if m not in before]
-            layers = [m for m in added if isinstance(m, AdaptedLinear)]
+            layers = [m for m in added if isinstance(m, AdaptedLinear | Bottleneck)]
             if len(layers) < len(added) or not layers:
-                raise ModelError("M591", f"a {tuner.kind} is more than adapters on linear layers.", "use vlmpeft.tune.")
+                raise ModelError("M591", f"a {tuner.kind} is more than adapters on layers.", "use vlmpeft.tune.")
             refuse_covered(self.tuned.model)
         except Exception:
             self._take_out(set(self._attachments()) - before)

@@ -11,6 +11,7 @@ import contextlib
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar, Token
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -25,6 +26,7 @@ from vlmpeft.routing import Routing, routing_of
 Change = Callable[[Tensor, Routing], Tensor]  # hidden states (b, s, d) -> the same shape
 
 _CURRENT: ContextVar[Routing | None] = ContextVar("routing", default=None)
+_PROMPT: ContextVar[int | None] = ContextVar("prompt", default=None)  # tokens of a prompt that `generate` got
 CACHES = ("cache", "past_key_values", "past_key_value", "layer_past")  # a KV cache; "cache" since transformers 5.24
 
 
@@ -174,7 +176,7 @@ class RoutedModel:
 
     Args:
         model: one of ours, which computes the routing itself, or any other: then its `input_ids`, `attention_mask` and
-            `labels` are read as it is called.
+            `labels` are read as it is called, and in its `generate`, if it has one, what follows the prompt is answer.
     """
 
     def __init__(self, model: nn.Module, parts: Parts) -> None:
@@ -182,7 +184,11 @@ class RoutedModel:
         self.blocks = [RoutedBlock(block, self) for block in parts.blocks]
         self._hooks: list[Any] = []
         self._entered: list[Token[Routing | None]] = []
+        self._generating: nn.Module | None = None
         if not isinstance(model, HasParts):
+            if hasattr(model, "generate"):
+                self._generating, self._generate = model, model.generate
+                model.generate = self.generate  # on the instance alone; `release` takes it away
             self._signature = inspect.signature(model.forward)
             enter = model.register_forward_pre_hook(self._enter, with_kwargs=True)
             self._hooks = [enter, model.register_forward_hook(self._leave, always_call=True)]
@@ -200,12 +206,31 @@ class RoutedModel:
         if mask is None or mask.ndim != 2:
             mask = torch.ones_like(ids)
         behind_cache = mask[:, -ids.shape[1] :]  # of a mask that covers the past as well: the new tokens
-        return routing_of(ids, behind_cache, given.get("labels"), self.parts.image_token_id)
+        routing = routing_of(ids, behind_cache, given.get("labels"), self.parts.image_token_id)
+        prompt = _PROMPT.get()
+        if prompt is None or routing.answer is not None:
+            return routing
+        cache, start = cache_of(given), mask.shape[1] - ids.shape[1]
+        if start == 0 and cache is not None:  # of a mask of the new tokens alone
+            start = cache.get_seq_length()
+        own = torch.arange(start, start + ids.shape[1], device=ids.device) >= prompt
+        return replace(routing, answer=own & routing.text)
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's `generate`, with the length of its prompt known to every forward inside."""
+        ids = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
+        token = _PROMPT.set(None if ids is None else ids.shape[1])
+        try:
+            return self._generate(*args, **kwargs)
+        finally:
+            _PROMPT.reset(token)
 
     def release(self) -> None:
         """One user less; the last one takes the wrappers off."""
         self.users -= 1
         if self.users == 0:
+            if self._generating is not None:
+                del self._generating.generate
             for block in self.blocks:
                 block.remove()
             for hook in self._hooks:

@@ -1,4 +1,4 @@
-"""What 4 bits lose on the weights of a real language model: NF4, FP4 and Int4 in blocks of 64 with fp32 scales.
+"""What 4 bits lose on the weights of a real language model: NF4, FP4, E2M1 and Int4 in blocks of 64 with fp32 scales.
 
 python tests/bench/quant_error.py language=NAME_OR_DIR
 The error of the weights is relative, sqrt(sum (q - w)^2 / sum w^2), over the linear layers of all blocks. The loss is
@@ -40,7 +40,16 @@ def float4(kind: str) -> Callable[[Tensor], Tensor]:
     return trip
 
 
-FORMATS = {"nf4": float4("nf4"), "fp4": float4("fp4"), "int4": int4}
+def e2m1(weight: Tensor) -> Tensor:
+    """Floats of two bits of exponent and one of mantissa, the FP4 that QLoRA's paper compares with NF4."""
+    levels = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]) / 6
+    codes = torch.cat([-levels[1:].flip(0), levels])
+    blocks = weight.reshape(-1, BLOCK)
+    scale = blocks.abs().amax(1, keepdim=True).clamp(min=1e-12)
+    return (codes[torch.bucketize(blocks / scale, (codes[1:] + codes[:-1]) / 2)] * scale).reshape(weight.shape)
+
+
+FORMATS = {"nf4": float4("nf4"), "fp4": float4("fp4"), "e2m1": e2m1, "int4": int4}
 
 
 @torch.no_grad()

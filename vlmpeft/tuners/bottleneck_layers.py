@@ -6,7 +6,7 @@ Letters: b batch, s sequence, d width, k bottleneck.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from typing import Any, Literal, Protocol
 
 import torch
@@ -18,7 +18,7 @@ from vlmpeft.parts import Parts
 from vlmpeft.routed import RoutedModel, current_routing, route
 from vlmpeft.tuners.attachment import Attachment
 from vlmpeft.tuners.block_choice import Choice
-from vlmpeft.tuners.linear import GatedTuner, Where, selected
+from vlmpeft.tuners.linear import GatedTuner, Slot, Where, on_rows, selected
 from vlmpeft.tuners.sites import MLP, Site, block_sites
 from vlmpeft.tuners.targets import replace_module
 
@@ -41,6 +41,7 @@ class Bottleneck(Attachment):
         self.base_layer, self.activation = base, activation
         self.where: Where = "all"
         self.routed: RoutedModel | None = None  # what tells where the image is, if `where` asks for it
+        self.slot: Slot | None = None  # its place in a pool, where it is in one
         device = next(base.parameters()).device
         self.down = nn.Linear(width, dim, device=device, dtype=torch.float32)
         self.up = nn.Linear(dim, width, device=device, dtype=torch.float32)
@@ -59,7 +60,13 @@ class Bottleneck(Attachment):
         if not self.enabled:
             return out
         given = args[0] if args else kwargs.get("hidden_states")
-        return (self.adapt(out[0], given), *out[1:]) if isinstance(out, tuple) else self.adapt(out, given)
+        return (self._act(out[0], given), *out[1:]) if isinstance(out, tuple) else self._act(out, given)
+
+    def _act(self, hidden: Tensor, given: Any) -> Tensor:
+        """`adapt` on all rows, or on those that choose this adapter of a pool."""
+        if self.slot is None:
+            return self.adapt(hidden, given)
+        return on_rows(self.slot, given, hidden, lambda x, out: self.adapt(out, x))
 
     def update(self, hidden: Tensor, given: Any) -> Tensor:
         """What is added to h (b, s, d), in fp32. Args: given: what the base was called with first."""
@@ -79,6 +86,13 @@ class Bottleneck(Attachment):
         if self.routed is not None:
             self.routed.release()
         replace_module(model, path, self.base_layer)
+
+
+def _below(module: nn.Module) -> Iterator[Bottleneck]:
+    """A module and what it wraps, as long as these are bottlenecks."""
+    while isinstance(module, Bottleneck):
+        yield module
+        module = module.base_layer
 
 
 class BlockTuner(GatedTuner, Protocol):
@@ -101,7 +115,7 @@ def wrap_sites(
         raise ModelError("M550", f"the blocks of {tuner.part} have no module for their MLP.", "use lora or ia3.")
     trained: dict[str, nn.Parameter] = {}
     for site in sites:
-        if isinstance(site.module, Bottleneck):
+        if any(below.slot is None for below in _below(site.module)):
             raise ModelError("M552", f"{site.path} already carries an adapter of this kind.", "remove() it first.")
         if "residual" in inspect.signature(site.module.forward).parameters:  # as BLOOM's
             message = f"{site.path} adds to the residual stream by itself: there is no place before that."

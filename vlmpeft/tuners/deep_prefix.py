@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from vlmpeft.errors import ModelError
 from vlmpeft.parts import Parts
 from vlmpeft.routed import cache_name
+from vlmpeft.tuners.attachment import Attachment
 from vlmpeft.tuners.virtual import VirtualTokens, decoder_with, wider
 
 STD = 0.02  # of a prefix's start without MLP, as the weights of most language models; peft's 1.0 drowns the sequence
@@ -149,6 +150,8 @@ class PrefixCache:
 def self_attention(block: nn.Module) -> tuple[nn.Module, str]:
     """The self-attention of a block and the name under which it takes the KV cache. Raises: ModelError M567."""
     for child in block.children():
+        while isinstance(child, Attachment):  # as a bottleneck behind it
+            child = child.get_submodule("base_layer")
         cache = cache_name(child.forward)
         if cache and "attention_mask" in inspect.signature(child.forward).parameters:
             return child, cache

@@ -122,28 +122,7 @@ class AdaptedLinear(WeightUpdate):
         out: Tensor = self.base_layer(x)
         if not self.enabled or self.merged:
             return out
-        return self._gated(x, out) if self.slot is None else self._on_rows(x, out, self.slot)
-
-    def _on_rows(self, x: Tensor, out: Tensor, slot: Slot) -> Tensor:
-        """The output of a batch whose rows choose their adapters, or else with that of the pool that is active.
-
-        Raises: ModelError M592 if `x` does not have the batch's rows.
-        """
-        routing = find_routing()
-        if routing is None or routing.adapter is None:
-            return self._gated(x, out) if slot.active else out
-        if len(x) != len(routing.adapter):
-            message = f"adapters for {len(routing.adapter)} rows, but a layer got {len(x)}."
-            raise ModelError("M592", message, "name an adapter, or None, for every row of the batch.")
-        rows = routing.rows_of(slot.index)
-        if rows is None:
-            return out
-        if len(rows.numbers) == len(x):
-            return self._gated(x, out)
-        numbers = rows.numbers.to(x.device)
-        with routed(rows.routing):
-            own = self._gated(x.index_select(0, numbers), out.index_select(0, numbers))
-        return out.index_copy(0, numbers, own)
+        return self._gated(x, out) if self.slot is None else on_rows(self.slot, x, out, self._gated)
 
     def _gated(self, x: Tensor, out: Tensor) -> Tensor:
         """`adapt` at the tokens of `where`, the base's output at all others."""
@@ -168,6 +147,33 @@ class AdaptedLinear(WeightUpdate):
         if self.routed is not None:
             self.routed.release()
         replace_module(model, path, self.base_layer)
+
+
+def on_rows(slot: Slot, x: Tensor, out: Tensor, adapt: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """The output of a batch whose rows choose their adapters, or else with that of the pool that is active.
+
+    Args:
+        slot: of an adapter around a layer.
+        x, out: what the layer gets and gives, a row first.
+        adapt: both, of some rows -> the output with the adapter.
+
+    Raises: ModelError M592 if `x` does not have the batch's rows.
+    """
+    routing = find_routing()
+    if routing is None or routing.adapter is None:
+        return adapt(x, out) if slot.active else out
+    if len(x) != len(routing.adapter):
+        message = f"adapters for {len(routing.adapter)} rows, but a layer got {len(x)}."
+        raise ModelError("M592", message, "name an adapter, or None, for every row of the batch.")
+    rows = routing.rows_of(slot.index)
+    if rows is None:
+        return out
+    if len(rows.numbers) == len(x):
+        return adapt(x, out)
+    numbers = rows.numbers.to(x.device)
+    with routed(rows.routing):
+        own = adapt(x.index_select(0, numbers), out.index_select(0, numbers))
+    return out.index_copy(0, numbers, own)
 
 
 def selected(routing: Routing, where: Where, values: Tensor) -> Tensor:
