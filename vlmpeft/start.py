@@ -39,7 +39,7 @@ def start_from(model: VLM, recipe: Recipe, prints: Prints, init: str | Path) -> 
     it; M502 for another shape, or a newline that only one of them has.
     """
     if str(init).startswith(HF):
-        _take(model, read_projector(str(init)), str(init), "what init names")
+        _take(model, read_projector(str(init)), Path(str(init).removeprefix(HF)), f"init={init}")
         return
     directory = Path(init)
     if (directory / "config.json").is_file() and not (directory / MANIFEST).is_file():
@@ -54,7 +54,7 @@ def start_from(model: VLM, recipe: Recipe, prints: Prints, init: str | Path) -> 
     _take(model, read_tensors(directory / PROJECTOR), directory / PROJECTOR, f"init={directory}")
 
 
-def _take(model: VLM, found: dict[str, Tensor], file: Path | str, start: str) -> None:
+def _take(model: VLM, found: dict[str, Tensor], file: Path, start: str) -> None:
     """Put the tensors found in a file into the projector. Args: start: the file's model, for messages."""
     state = model.projector.state_dict()
     if (NEWLINE in found) != (NEWLINE in state):
