@@ -27,7 +27,7 @@ from vlmpeft.errors import run_command
 from vlmpeft.eval.compare import compare_files
 from vlmpeft.eval.method import YES_NO
 from vlmpeft.eval.pope_parse import PARSERS, is_unparsable, parse_answer, parser_of
-from vlmpeft.eval.pope_questions import read_questions
+from vlmpeft.eval.pope_questions import read_questions, refuse_other_setting
 from vlmpeft.eval.pope_score import auc, is_correct, label_of, score, score_settings
 from vlmpeft.eval.rows import Row, read_rows
 from vlmpeft.eval.runner import Answerer, ask, parse_arguments, run, table
@@ -110,6 +110,7 @@ def score_files(argv: Sequence[str]) -> None:
     parser = arguments["parser"]
     about = _about(parser)
     questions, answers = read_questions(arguments["questions"]), read_rows(arguments["answers"])
+    refuse_other_setting(arguments["questions"], answers)
     metrics = {**about, **score_settings(questions, answers, parser=parser)}
     if arguments["compare"]:
         judge = partial(is_correct, parser=parser)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from vlmpeft.errors import ConfigError
-from vlmpeft.eval.pope_score import REVISIONS, label_of
-from vlmpeft.eval.rows import read_rows
+from vlmpeft.errors import ConfigError, EvalError
+from vlmpeft.eval.pope_score import REVISIONS, SETTINGS, label_of
+from vlmpeft.eval.rows import Row, read_rows
 
 QUESTION_KEYS = ("question_id", "image", "text", "label")
 
@@ -33,3 +34,20 @@ def read_questions(files: str) -> list[dict[str, Any]]:
             known["revision"] = REVISIONS[len(rows)]
         questions += [{**row, **known} for row in rows]
     return questions
+
+
+def refuse_other_setting(files: str, answers: Sequence[Row]) -> None:
+    """Ids are the same in every file, so that answers to one setting would pass for those to another.
+
+    Raises: EvalError V601 where a single question file is named after one of POPE's settings, an answer after another.
+    """
+    asked = None if "," in files else _kind(Path(files).stem)
+    for answer in answers:
+        given = _kind(str(answer.get("setting", "")))
+        if asked and given and asked != given:
+            message = f"the answers are to the setting '{answer['setting']}', the questions of '{files}'."
+            raise EvalError("V601", message, f"give the questions of {given}, or the files of all settings.")
+
+
+def _kind(name: str) -> str | None:
+    return next((setting for setting in sorted(SETTINGS) if setting in name.lower()), None)

@@ -102,6 +102,27 @@ def test_settings_are_the_files_or_popes_own(row: dict[str, str], settings: tupl
     assert settings_of(row) == settings
 
 
+@pytest.mark.parametrize(
+    ("file", "setting", "status"),
+    [
+        ("coco_pope_random.json", "coco_pope_popular", 8),
+        ("popular.json", "random", 8),
+        ("popular.json", "coco_pope_popular", 0),
+        ("popular.json", None, 0),
+        ("mine.json", "random", 0),  # nobody knows what is in it
+        ("popular.json", "mine", 0),
+    ],
+)
+def test_answers_to_another_setting_are_refused_though_their_ids_are_the_same(
+    file: str, setting: str | None, status: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    questions, answers = rows("yn", ["Yes", "No"])
+    write_rows(tmp_path / file, questions)
+    write_rows(tmp_path / "a.jsonl", [{**a, **({"setting": setting} if setting else {})} for a in answers])
+    assert run_command(pope.main, [f"questions={tmp_path / file}", f"answers={tmp_path / 'a.jsonl'}"]) == status
+    assert (f"the answers are to the setting '{setting}'" in capsys.readouterr().err) is (status == 8)
+
+
 def test_one_file_of_all_settings_is_scored_by_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     questions, answers = shared()
     write_rows(tmp_path / "all.jsonl", questions)
