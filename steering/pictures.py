@@ -66,7 +66,7 @@ def layers_figure(lines: Sequence[Line], title: str = "LMAR, mean and 95 % inter
         low, high = _log_limits(lines)
         ratio.set_ylim(low, high)
         if high / low < NARROW:
-            ratio.yaxis.set_major_locator(MaxNLocator(6))
+            ratio.yaxis.set_major_locator(MaxNLocator(7, steps=[1, 2, 5, 10]))  # so that 1 is one of them
             ratio.yaxis.set_minor_locator(NullLocator())
         else:
             ratio.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high / low < 1000 else (1,)))

@@ -184,11 +184,11 @@ class RoutedModel:
         self.blocks = [RoutedBlock(block, self) for block in parts.blocks]
         self._hooks: list[Any] = []
         self._entered: list[Token[Routing | None]] = []
-        self._generating: nn.Module | None = None
+        self._generating: Any = None
         if not isinstance(model, HasParts):
             if hasattr(model, "generate"):
                 self._generating, self._generate = model, model.generate
-                model.generate = self.generate  # on the instance alone; `release` takes it away
+                self._generating.generate = self.generate  # on the instance alone; `release` takes it away
             self._signature = inspect.signature(model.forward)
             enter = model.register_forward_pre_hook(self._enter, with_kwargs=True)
             self._hooks = [enter, model.register_forward_hook(self._leave, always_call=True)]
@@ -221,7 +221,7 @@ class RoutedModel:
         ids = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
         token = _PROMPT.set(None if ids is None else ids.shape[1])
         try:
-            return self._generate(*args, **kwargs)
+            return self._generate(*args, **kwargs)  # type: ignore[operator]
         finally:
             _PROMPT.reset(token)
 

@@ -29,7 +29,7 @@ def peft_settings(peft_type: str, part: str, base: str, targets: list[str], **me
         "base_model_name_or_path": base,
         **method,
         "target_modules": targets,
-        "bias": "none",
+        **({} if peft_type == "LOKR" else {"bias": "none"}),  # which peft's LoKr has no key for
         "inference_mode": True,
     }
 
