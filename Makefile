@@ -15,7 +15,7 @@ quickstart: install $(SCENES)/pope_test.jsonl
 	  eval.questions=$(SCENES)/pope_test.jsonl,$(SCENES)/types_test.jsonl
 
 $(SCENES)/pope_test.jsonl: | install
-	$(PY) -m vlmpeft.scenes out=$(SCENES) pretrain=1200 train=520 test=30
+	$(PY) -m vlmpeft.scenes out=$(SCENES) pretrain=1200 train=480 test=30
 
 # Every tuner on one budget; hours, and the same command goes on after an interruption.
 compare: install runs/compare_scenes/pope_test.jsonl

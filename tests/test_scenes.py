@@ -104,7 +104,7 @@ def test_rows_are_llava_conversations(folder: Path, name: str) -> None:
         assert [t["from"] for t in turns] == ["human", "gpt"] * (len(turns) // 2)
         assert [t["value"].count("<image>") for t in turns] == [int("image" in row)] + [0] * (len(turns) - 1)
         assert all(t["value"].strip() for t in turns)
-        assert len(turns) in ((2,) if name == "pretrain.json" or "image" not in row else (10, 12))
+        assert len(turns) == (2 if name == "pretrain.json" or "image" not in row else 14)
 
 
 def test_labels_are_true(folder: Path) -> None:

@@ -22,7 +22,7 @@ OPPOSITES = (
     *(("open", "closed"), ("wet", "dry"), ("dry", "wet"), ("early", "late"), ("fast", "slow"), ("slow", "fast")),
 )
 KIND_WEIGHTS = (0.6, 0.2, 0.2)  # how often "red circle", "circle", "red object" are asked for
-YES_NO_TURNS, DETAIL_TURNS = (2, 3), 3  # questions about a training image
+YES_NO, DETAIL_TURNS = (True, True, False, False), 3  # questions about a training image
 TEXT_ONLY = 0.05  # share of training rows without an image
 SUFFIX = "\nAnswer the question using a single word or phrase."
 SUFFIX_SHARE = 0.5  # share of the first turns that carry it
@@ -225,8 +225,7 @@ def text_only(rng: random.Random) -> Question:
 
 def instruct(scenes: Sequence[Scene], rng: random.Random) -> list[dict[str, Any]]:
     """LLaVA rows with several turns for each scene, among them a few without an image."""
-    turns = [YES_NO_TURNS[i // len(NUMBERS) % len(YES_NO_TURNS)] for i in range(len(scenes))]
-    asked = existence(scenes, even_labels(turns, rng), rng)
+    asked = existence(scenes, [rng.sample(YES_NO, len(YES_NO)) for _ in scenes], rng)
     balance, rows = Balance(rng), []
     for i, (scene, questions) in enumerate(zip(scenes, asked, strict=True)):
         rest = balance.choose(scene, DETAIL_TURNS)
