@@ -33,6 +33,7 @@ def main(argv: Sequence[str]) -> None:
     names = [a.removeprefix("recipe=") for a in argv if a.startswith("recipe=")]
     if not names:
         values = parse_arguments(argv, BARE, ("tokenizer", "data"), __doc__ or "")
+        require_folder(values["images"], "images")
         encoder = TurnEncoder(
             load_tokenizer(values["tokenizer"]), values["template"], values["image_tokens"], values["system"] or None
         )
@@ -50,6 +51,9 @@ def main(argv: Sequence[str]) -> None:
     if not files:
         key = f"data.{recipe.stages[stage].source}"
         raise ConfigError("C106", f"stage {stage} reads {key}, which is not set.", f"write {key}=FILE data.images=DIR.")
+    require_folder(recipe.data.images, "data.images")
+    for file in files:
+        require_folder(file.images, f"{file.path}: images")
     bundle = empty_bundle(recipe)
     return _show(files, preparation(bundle, stage, ImageReader(bundle.image_transform)), values["n"], values["start"])
 
@@ -64,9 +68,7 @@ def _stage(recipe: Recipe, asked: str) -> str:
 
 def _show(files: Sequence[DataFile], how: Preparation, n: int, start: int) -> None:
     colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
-    require_folder(how.config.images, "images")
     for file in files:
-        require_folder(file.images, f"{file.path}: images")
         store = open_store(file, how)
         for index in range(start - 1, min(start - 1 + n, len(store))):
             print(f"sample {index + 1} {sample_text(store[index], how.encoder.tokenizer, colour)}\n")
