@@ -50,10 +50,7 @@ MODEL = "eval.pope model=run/final questions=q.jsonl images=pictures/images out=
 GIVEN = "eval.pope questions=q.jsonl answers=said.jsonl"
 MISTAKES = {  # what is typed: exit status, what the line says
     # the model
-    MODEL.replace("run/final", "nowhere"): (
-        5,
-        "[K202] nowhere is no complete model directory: there is no such folder",
-    ),
+    MODEL.replace("run/final", "nowhere"): (5, "[K202] nowhere is no complete model directory: there is no such"),
     MODEL.replace("run/final", "file"): (5, "[K202] file is no complete model directory: it is a file. Fix: name"),
     MODEL.replace("run/final", "run"): (5, "manifest.json is missing. Fix: did you mean run/final?"),
     MODEL.replace("run/final", "hf"): (5, "Fix: a model of transformers is asked as hf:hf"),
@@ -70,10 +67,8 @@ MISTAKES = {  # what is typed: exit status, what the line says
     MODEL + " compare=empty": (2, "[C102] no file 'empty/answers.jsonl'."),
     # the questions
     GIVEN.replace("q.jsonl", "no_label.jsonl"): (
-        *(
-            8,
-            "no_label.jsonl line 1: no key 'label' (known: image, question_id, text). Fix: every row has ",
-        ),
+        8,
+        "no_label.jsonl line 1: no key 'label' (known: image, question_id, text). Fix: every row has ",
     ),
     GIVEN.replace("q.jsonl", "title.jsonl"): (8, "label must be 'yes' or 'no', got 'Yes'. Fix: write yes or no, in"),
     GIVEN.replace("q.jsonl", "list.json"): (8, "[V602] list.json line 1: expected an object, got list. Fix: every row"),
@@ -82,7 +77,8 @@ MISTAKES = {  # what is typed: exit status, what the line says
     GIVEN.replace("said.jsonl", "empty"): (2, "[C102] 'empty' is a folder. Fix: name a file in it."),
     GIVEN.replace("said.jsonl", "empty.jsonl"): (8, "[V602] empty.jsonl has no rows. Fix: check that it is the file"),
     GIVEN.replace("said.jsonl", "named.jsonl"): (
-        *(8, "[V602] the answer 5 has no text, but None (its keys: question_id, reply). Fix: give `text` or `answer`."),
+        8,
+        "[V602] the answer 5 has no text, but None (its keys: question_id, reply). Fix: give `text` or `answer`.",
     ),
     GIVEN.replace("said.jsonl", "q.jsonl"): (8, "[V601] the answers are the questions themselves. Fix: give the file"),
     GIVEN + " compare=other": (

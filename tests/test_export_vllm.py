@@ -68,6 +68,12 @@ def test_base_and_adapter_together_give_our_logits(tmp_path: Path, overrides: li
     assert all(LAYER.fullmatch(name) for name in tensors)  # "expected target modules in .. but received .." otherwise
 
 
+def test_without_an_adapter_there_is_none_to_merge(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _, out = exported(tmp_path, "stages.instruct.lora=null")
+    assert capsys.readouterr().out.splitlines()[-1] == f"serve it: vllm serve {out}"
+    assert not (out / "adapters").exists()
+
+
 def test_merged_it_is_one_model_with_our_logits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     directory, out = exported(tmp_path, "stages.instruct.lora.kind=dora", merge=True)
     assert capsys.readouterr().out.splitlines()[-1] == f"serve it: vllm serve {out}"
@@ -101,7 +107,6 @@ def test_the_language_model_is_named_as_vllm_looks_it_up(tmp_path: Path) -> None
         (["lora.kind=dora"], "tuner 'lora' (dora on language) has no form in an adapter that vLLM"),
         (["lora.part=vision"], "tuner 'lora' (lora on vision) has no form in an adapter that vLLM"),
         (["tuners.norm={kind: norm}"], "tuner 'norm' (norm on language) has no form in an adapter that vLLM"),
-        (["lora=null"], "a model without LoRA has no form in an adapter that vLLM"),
         (["lora.r=513"], "rank 513 has no form in an adapter that vLLM serves (at most 512)"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -10,12 +11,6 @@ from vlmpeft.anyres import MAX_TILES, TILES, Grid, Merge
 from vlmpeft.errors import ConfigError
 from vlmpeft.images import MAX_PIXELS, PILLOW_LIMIT
 from vlmpeft.tuners.base import check
-
-
-def require_folder(images: str | None, key: str) -> None:
-    """Raise ConfigError C110 unless a folder of images, if one is named, is there."""
-    if images and not Path(images).is_dir():
-        raise ConfigError("C110", f"{key}={images}: no such folder.", f"check {key}.")
 
 
 @dataclass(frozen=True)
@@ -83,3 +78,11 @@ class DataConfig:
         given = getattr(self, source) or ()
         listed = (given,) if isinstance(given, str) else given
         return tuple(DataFile(file) if isinstance(file, str) else file for file in listed)
+
+
+def require_folders(images: str | None, files: Sequence[DataFile]) -> None:
+    """Raise ConfigError C110 unless the folder of images, and those that files name, are there."""
+    named = {"data.images": images, **{f"{file.path}: images": file.images for file in files}}
+    for key, folder in named.items():
+        if folder and not Path(folder).is_dir():
+            raise ConfigError("C110", f"{key}={folder}: no such folder.", "check its name.")

@@ -38,14 +38,14 @@ def main(argv: Sequence[str]) -> None:
 
     out = free_directory(arguments["out"])
     bundle = open_model(arguments["model"], arguments["dtype"])
+    if arguments["merge"] and kind != "peft":
+        bundle.tuned.merge_and_unload()
     served = ""
     if kind == "peft":
         export_peft(bundle, out, base)
     elif kind == "vllm":
-        served = f"\nserve it: {export_vllm(bundle, out, arguments['merge'])}"
+        served = f"\nserve it: {export_vllm(bundle, out)}"
     else:
-        if arguments["merge"]:
-            bundle.tuned.merge_and_unload()
         (export_hf if kind == "hf" else export_llava)(bundle, out)
     print(f"{out} ({kind}, {arguments['dtype']}){served}")
 

@@ -6,6 +6,7 @@ What vLLM takes is read from its `lora/peft_helper.py`, `lora/lora_model.py` and
 from __future__ import annotations
 
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 
 from vlmpeft.adapter_files import Adapter, factors_of, write_adapter
@@ -23,31 +24,29 @@ RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """What vLLM's --max-lora-rank may be; 16 unless it is told."""
 
 
-def export_vllm(bundle: Bundle, target: Path, merge: bool) -> str:
-    """Write what `export_hf` writes; without `merge`, also `adapters/NAME/`, the LoRA of the language model.
+def export_vllm(bundle: Bundle, target: Path) -> str:
+    """Write what `export_hf` writes, and in `adapters/NAME/` the LoRA of the language model if it is not merged.
 
     The projector and whatever else was trained in place lie in the weights either way: vLLM takes no `modules_to_save`.
     All layers of the adapter have one rank and one scale, since releases of vLLM before 0.33 read no `rank_pattern`.
     Returns: the command that serves it.
-    Raises: ModelError M570 as `export_hf`, and for what vLLM knows as no adapter; M555 and others for what cannot be
-        merged.
+    Raises: ModelError M570 as `export_hf`, and for what vLLM knows as no adapter.
     """
-    serve = f"vllm serve {shlex.quote(str(target))}"
-    if merge:
-        bundle.tuned.merge_and_unload()
-        export_hf(bundle, target)
-        return serve
-    one, adapter = _served(bundle, target)
-    export_hf(bundle, target)
-    folder = target / ADAPTERS / one.name
-    limit = next(n for n in RANKS if n >= write_adapter(adapter, folder))
-    return f"{serve} --enable-lora --max-lora-rank {limit} --lora-modules {one.name}={shlex.quote(str(folder))}"
-
-
-def _served(bundle: Bundle, base: Path) -> tuple[Applied, Adapter]:
-    """The LoRA that lies beside the base. Raises: ModelError M570 if there is none, or none that vLLM takes."""
     inside = bundle.tuned.plain_state().keys()
     added = [a for a in bundle.tuned.applied.values() if not {plain_name(name) for name in a.parameters} <= inside]
+    served = _served(bundle, added, target) if added else None
+    export_hf(bundle, target)
+    command = f"vllm serve {shlex.quote(str(target))}"
+    if served is None:
+        return command
+    name, adapter = served
+    folder = target / ADAPTERS / name
+    limit = next(n for n in RANKS if n >= write_adapter(adapter, folder))
+    return f"{command} --enable-lora --max-lora-rank {limit} --lora-modules {name}={shlex.quote(str(folder))}"
+
+
+def _served(bundle: Bundle, added: Sequence[Applied], base: Path) -> tuple[str, Adapter]:
+    """The LoRA that lies beside the base, and its name. Raises: ModelError M570 if vLLM takes none of it."""
     one, tuner = plain_lora(added, WHERE, FIX)
     tensors = hub_names(one, bundle.model)
     modules = sorted({name.rsplit(".", 2)[0] for name in tensors})
@@ -56,4 +55,4 @@ def _served(bundle: Bundle, base: Path) -> tuple[Applied, Adapter]:
     r = max(factors.r for factors in layers.values())
     if r > RANKS[-1]:
         raise no_form(f"rank {r}", f"{WHERE} (at most {RANKS[-1]})", FIX)
-    return one, Adapter(layers, str(base), "CAUSAL_LM")
+    return one.name, Adapter(layers, str(base), "CAUSAL_LM")

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Sequence
 
 from vlmpeft.config import load_recipe
-from vlmpeft.data_config import DataConfig, DataFile, require_folder
+from vlmpeft.data_config import DataConfig, DataFile, require_folders
 from vlmpeft.errors import ConfigError, nearest, run_command
 from vlmpeft.eval.runner import parse_arguments
 from vlmpeft.language import load_tokenizer
@@ -33,12 +33,13 @@ def main(argv: Sequence[str]) -> None:
     names = [a.removeprefix("recipe=") for a in argv if a.startswith("recipe=")]
     if not names:
         values = parse_arguments(argv, BARE, ("tokenizer", "data"), __doc__ or "")
-        require_folder(values["images"], "images")
+        files: tuple[DataFile, ...] = (DataFile(values["data"]),)
+        require_folders(values["images"], files)
         encoder = TurnEncoder(
             load_tokenizer(values["tokenizer"]), values["template"], values["image_tokens"], values["system"] or None
         )
         config = DataConfig(images=values["images"] or None, max_length=values["max_length"], duplicate_ids="keep")
-        return _show([DataFile(values["data"])], Preparation(config, encoder), values["n"], values["start"])
+        return _show(files, Preparation(config, encoder), values["n"], values["start"])
     own = [a for a in argv if a.partition("=")[0] in (*OWN, "stage")]
     values = parse_arguments(own, {**OWN, "stage": ""}, (), __doc__ or "")
     recipe = load_recipe(names[-1], [a for a in argv if a not in own and not a.startswith("recipe=")])
@@ -51,9 +52,7 @@ def main(argv: Sequence[str]) -> None:
     if not files:
         key = f"data.{recipe.stages[stage].source}"
         raise ConfigError("C106", f"stage {stage} reads {key}, which is not set.", f"write {key}=FILE data.images=DIR.")
-    require_folder(recipe.data.images, "data.images")
-    for file in files:
-        require_folder(file.images, f"{file.path}: images")
+    require_folders(recipe.data.images, files)
     bundle = empty_bundle(recipe)
     return _show(files, preparation(bundle, stage, ImageReader(bundle.image_transform)), values["n"], values["start"])
 

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from vlmpeft.build import Bundle
-from vlmpeft.data_config import DataFile, require_folder
+from vlmpeft.data_config import DataFile, require_folders
 from vlmpeft.errors import ConfigError, EnvironmentFault
 from vlmpeft.features import cache_features
 from vlmpeft.images import ImageReader
@@ -53,8 +53,7 @@ def check_recipe(recipe: Recipe) -> None:
         for file in data_files(recipe, name):
             if not Path(file.path).exists():
                 raise ConfigError("C110", f"{key}={file.path}: no such file.", f"check {key}.")
-            require_folder(file.images, f"{key}: images")
-    require_folder(recipe.data.images, "data.images")
+        require_folders(recipe.data.images, data_files(recipe, name))
     check_trackers(recipe.run.trackers)
 
 
