@@ -88,7 +88,8 @@ def check_projector(bundle: Bundle) -> None:
     if not isinstance(projector, MLPProjector) or [type(layer) for layer in plain] != LINEARS:
         options = "".join(f" {key}={value}" for key, value in bundle.recipe.projector.options.items())
         what = f"the projector {bundle.recipe.projector.name}{options}"
-        raise no_form(what, WHERE, "use the model through vlmpeft.load, or train with projector=mlp2x_gelu.")
+        fix = "use the model through vlmpeft.load, or train with projector=mlp2x_gelu projector.rms=0."
+        raise no_form(what, WHERE, fix)
 
 
 def vocabulary(bundle: Bundle) -> Vocabulary:
